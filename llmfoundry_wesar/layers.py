@@ -1,0 +1,336 @@
+"""Linear and embedding layers whose weight is reparameterised: state only, the maths is in `functional`.
+
+Each reparameterisation is one mixin, combined with a linear and an embedding base. A mixin knows how the virtual
+weight follows from the layer's parameters; which scale it should start at is the business of `initialization`.
+"""
+
+import math
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from llmfoundry.models.layers.custom_embedding import SharedEmbedding
+from torch import Tensor, nn
+
+from llmfoundry_wesar import functional
+from llmfoundry_wesar.functional import GateShape
+
+GainInit = Literal["method", "backbone"]
+# A torch.device, or what its constructor takes.
+Device = torch.device | str | None
+
+
+class ScaledEmbedding(SharedEmbedding):
+    r"""Foundry's embedding with its output multiplied by a constant, :math:`y = c\,W_{t}`.
+
+    Embedding scaling of Vaswani et al. (2017) and Takase et al. (2023): with :math:`c = 1/\sigma_e` the output has unit
+    variance. As an unembedding (`unembed=True`) the matrix is used unscaled, as it is in foundry.
+
+    Shape:
+        ids (...) -> (..., embedding_dim); unembed: (..., embedding_dim) -> (..., num_embeddings).
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        scale: float = 1.0,
+    ):
+        super().__init__(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
+        self.scale = scale
+
+    def virtual_weight(self) -> Tensor:
+        """The matrix that the layer computes with, (num_embeddings, embedding_dim)."""
+        return self.weight
+
+    def forward(self, input: Tensor, unembed: bool = False) -> Tensor:
+        if unembed:
+            return F.linear(input, self.virtual_weight())
+        output = F.embedding(input, self.virtual_weight(), self.padding_idx)
+        return output if self.scale == 1.0 else output * self.scale
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, scale={self.scale:.6g}"
+
+
+class Reparameterized(nn.Module):
+    """What the reparameterised layers share: an actual weight, and a gate α that `virtual_weight` applies to it."""
+
+    weight: nn.Parameter
+    gate: Tensor
+
+    def virtual_weight(self) -> Tensor:
+        """The virtual weight that the layer computes with, of the shape of `weight`."""
+        raise NotImplementedError
+
+    def start_gate_(self, scale: float, gain_init: GainInit = "method") -> None:
+        """Set the gate once the actual weight has its initial values.
+
+        Args:
+            scale: σ_•/σ, the ratio of the virtual weight's standard deviation to the actual one's.
+            gain_init: `backbone`, so that the virtual weight is `scale` × the actual one; or what the method defines.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def expected_start(
+        cls, shape: tuple[int, int], sigma: float, backbone_std: float, gain_init: GainInit = "method"
+    ) -> tuple[float, float]:
+        """What `start_gate_` comes to, for a Gaussian matrix that need not exist.
+
+        Args:
+            shape: (rows, columns).
+            sigma: σ, the standard deviation of the actual weight.
+            backbone_std: σ_•.
+            gain_init: As for `start_gate_`.
+
+        Returns:
+            The gate, and the standard deviation of the virtual weight.
+        """
+        raise NotImplementedError
+
+
+class _ReparameterizedLinear(Reparameterized, nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.virtual_weight(), self.bias)
+
+
+class Gated(Reparameterized):
+    """WeSaR: the virtual weight is αW (Nishida et al. 2024, section 4.1)."""
+
+    gate_shape: GateShape
+
+    def _add_gate(self, gate_shape: GateShape, trainable: bool) -> None:
+        if gate_shape not in get_args(GateShape):
+            raise ValueError(f"model.fc_type.gate_shape: {gate_shape!r} is not one of scalar, row, column.")
+        self.gate_shape = gate_shape
+        # Never 0-dimensional: FSDP refuses to shard a scalar.
+        size = {"scalar": 1, "row": self.weight.size(0), "column": self.weight.size(1)}[gate_shape]
+        gate = self.weight.new_ones(size)
+        if trainable:
+            self.gate = nn.Parameter(gate)
+        else:
+            self.register_buffer("gate", gate)
+
+    def _broadcast_gate(self) -> Tensor:
+        return functional.broadcast_gate(self.gate, self.gate_shape)
+
+    def virtual_weight(self) -> Tensor:
+        return functional.gated_weight(self.weight, self._broadcast_gate())
+
+    def start_gate_(self, scale: float, gain_init: GainInit = "method") -> None:
+        """Set α to `scale`: that is what WeSaR defines, so both values of `gain_init` mean the same."""
+        nn.init.constant_(self.gate, scale)
+
+    @classmethod
+    def expected_start(
+        cls, shape: tuple[int, int], sigma: float, backbone_std: float, gain_init: GainInit = "method"
+    ) -> tuple[float, float]:
+        """σ_•/σ and σ_•."""
+        return backbone_std / sigma, backbone_std
+
+
+class GatedLinear(Gated, nn.Linear):
+    r"""`nn.Linear` with a gate on its weight, :math:`y = x(\alpha W)^\top + b` (Nishida et al. 2024, section 4.1).
+
+    Args:
+        in_features: I.
+        out_features: O.
+        bias: Whether to add b, which the gate leaves alone.
+        device: As for `nn.Linear`.
+        dtype: As for `nn.Linear`.
+        gate_shape: One α for the matrix (`scalar`, the paper), for each row or for each column (arXiv 2601.04890).
+        trainable: Whether α is trained. If not, it is a buffer: no optimizer sees it (Table 7, fixed α).
+
+    Parameters:
+        weight: (O, I), the actual weight W.
+        gate: α, (1,), (O,) or (I,); 1 until the init function sets it.
+        bias: (O,).
+
+    Raises:
+        ValueError: If `gate_shape` is unknown.
+
+    >>> layer = GatedLinear(8, 4, bias=False)
+    >>> {name: tuple(p.shape) for name, p in layer.named_parameters()}
+    {'weight': (4, 8), 'gate': (1,)}
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        gate_shape: GateShape = "scalar",
+        trainable: bool = True,
+    ):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._add_gate(gate_shape, trainable)
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = functional.gated_linear(input, self.weight, self._broadcast_gate())
+        return output if self.bias is None else output + self.bias.to(output.dtype)
+
+
+class GatedEmbedding(Gated, ScaledEmbedding):
+    """An embedding with a trainable gate on its matrix; arguments as `ScaledEmbedding` and `GatedLinear` have them."""
+
+    def __init__(self, *args: Any, gate_shape: GateShape = "scalar", trainable: bool = True, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._add_gate(gate_shape, trainable)
+
+    def forward(self, input: Tensor, unembed: bool = False) -> Tensor:
+        if unembed:
+            return functional.gated_linear(input, self.weight, self._broadcast_gate())
+        # Gating the rows that were looked up is cheaper than gating the vocabulary.
+        gate = F.embedding(input, self._broadcast_gate()) if self.gate_shape == "row" else self.gate
+        output = F.embedding(input, self.weight, self.padding_idx) * gate
+        return output if self.scale == 1.0 else output * self.scale
+
+
+class WeightNormalized(Reparameterized):
+    """Weight normalisation: rows of the virtual weight are αw/‖w‖ (Salimans and Kingma 2016; paper, appendix C.1)."""
+
+    def _add_gate(self) -> None:
+        self.gate = nn.Parameter(self.weight.new_ones(self.weight.size(0)))
+
+    def virtual_weight(self) -> Tensor:
+        return functional.weight_norm(self.weight, self.gate)
+
+    def start_gate_(self, scale: float, gain_init: GainInit = "method") -> None:
+        """Set the gains to the rows' norms, as torch does; by backbone to `scale` times that."""
+        factor = scale if gain_init == "backbone" else 1.0
+        with torch.no_grad():
+            self.gate.copy_(factor * torch.linalg.vector_norm(self.weight, dim=1))
+
+    @classmethod
+    def expected_start(
+        cls, shape: tuple[int, int], sigma: float, backbone_std: float, gain_init: GainInit = "method"
+    ) -> tuple[float, float]:
+        """The norm of a row, √columns times its standard deviation, and that standard deviation."""
+        std = backbone_std if gain_init == "backbone" else sigma
+        return std * math.sqrt(shape[1]), std
+
+
+class WeightNormLinear(WeightNormalized, _ReparameterizedLinear):
+    """`nn.Linear` with weight normalisation; parameters weight (O, I), gate (O,) and bias (O,)."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._add_gate()
+
+
+class WeightNormEmbedding(WeightNormalized, ScaledEmbedding):
+    """An embedding with weight normalisation; arguments as `ScaledEmbedding` has them."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._add_gate()
+
+
+class SpectrallyNormalized(Reparameterized):
+    """σReparam: the virtual weight is αW/‖W‖₂ (Zhai et al. 2023; paper, appendix C.2).
+
+    The singular vectors u and v are buffers. They move by one power iteration in the first forward pass after
+    `iterate` was set, which the callback `power_iteration` does once a step: microbatches and recomputed activations
+    of one step share one ‖W‖₂.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def _add_gate(self, differentiable_norm: bool) -> None:
+        self.gate = nn.Parameter(self.weight.new_ones(1))
+        self.differentiable_norm = differentiable_norm
+        self.iterate: bool | None = None
+        rows, columns = self.weight.shape
+        self.register_buffer("left", self.weight.new_full((rows,), rows**-0.5))
+        self.register_buffer("right", self.weight.new_full((columns,), columns**-0.5))
+
+    def iterate_(self, steps: int = 1) -> None:
+        """Move u and v by `steps` power iterations."""
+        for _ in range(steps):
+            left, right = functional.power_iteration(self.weight, self.left, self.right)
+            self.left.copy_(left)
+            self.right.copy_(right)
+
+    def virtual_weight(self) -> Tensor:
+        # Copies, since the next step's iteration writes to the buffers that autograd may hold.
+        return functional.sigma_reparam(
+            self.weight, self.gate, self.left.clone(), self.right.clone(), self.differentiable_norm
+        )
+
+    def start_gate_(self, scale: float, gain_init: GainInit = "method") -> None:
+        """Warm u and v up, then set α to 1; by backbone to `scale` × ‖W‖₂."""
+        with torch.no_grad():
+            # The same start on every rank and device: the signs are those of a fixed sequence, not a random draw.
+            angles = torch.arange(len(self.left), device=self.left.device, dtype=torch.float64)
+            self.left.copy_(F.normalize(torch.cos(angles * angles), dim=0))
+            self.iterate_(steps=32)
+            norm = self.left @ (self.weight @ self.right)
+            self.gate.copy_(scale * norm if gain_init == "backbone" else torch.ones_like(norm))
+
+    @classmethod
+    def expected_start(
+        cls, shape: tuple[int, int], sigma: float, backbone_std: float, gain_init: GainInit = "method"
+    ) -> tuple[float, float]:
+        """With ‖W‖₂ ≈ σ(√rows + √columns), the limit for a Gaussian matrix (Davidson and Szarek 2001)."""
+        spread = math.sqrt(shape[0]) + math.sqrt(shape[1])
+        return (backbone_std * spread, backbone_std) if gain_init == "backbone" else (1.0, 1 / spread)
+
+    def _step(self) -> None:
+        if not self.training:
+            return
+        if self.iterate is None:
+            raise RuntimeError(
+                "σReparam would train with a stale ‖W‖₂: add `callbacks: {power_iteration: {}}`, one iteration a step."
+            )
+        if self.iterate:
+            self.iterate_()
+            self.iterate = False
+
+
+class SigmaReparamLinear(SpectrallyNormalized, _ReparameterizedLinear):
+    """`nn.Linear` with σReparam; parameters weight (O, I), gate (1,) and bias (O,), buffers left (O,) and right (I,).
+
+    Args:
+        in_features: I.
+        out_features: O.
+        bias: As for `nn.Linear`.
+        device: As for `nn.Linear`.
+        dtype: As for `nn.Linear`.
+        differentiable_norm: Whether the gradient goes through ‖W‖₂, as in Zhai et al.'s code (paper: no).
+    """
+
+    def __init__(self, *args: Any, differentiable_norm: bool = False, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._add_gate(differentiable_norm)
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._step()
+        return super().forward(input)
+
+
+class SigmaReparamEmbedding(SpectrallyNormalized, ScaledEmbedding):
+    """An embedding with σReparam; arguments as `ScaledEmbedding` and `SigmaReparamLinear` have them."""
+
+    def __init__(self, *args: Any, differentiable_norm: bool = False, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._add_gate(differentiable_norm)
+
+    def forward(self, input: Tensor, unembed: bool = False) -> Tensor:
+        self._step()
+        return super().forward(input, unembed)
+
+
+# The embedding that carries the same reparameterisation as a linear class.
+EMBEDDINGS: dict[type[nn.Linear], type[ScaledEmbedding]] = {
+    nn.Linear: ScaledEmbedding,
+    GatedLinear: GatedEmbedding,
+    WeightNormLinear: WeightNormEmbedding,
+    SigmaReparamLinear: SigmaReparamEmbedding,
+}
