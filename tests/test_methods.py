@@ -1,0 +1,74 @@
+import copy
+
+import pytest
+
+from llmfoundry_wesar.methods import expand, load, names
+
+METHODS = [
+    "embedding_detach",
+    "embedding_norm",
+    "he_init",
+    "no_embedding_scaling",
+    "residual_scaling_he",
+    "residual_scaling_small",
+    "sigma_reparam",
+    "sigma_reparam_post_ln",
+    "small_init",
+    "weight_norm",
+    "wesar",
+    "wesar_fixed",
+    "wesar_small",
+]
+
+
+def test_every_row_of_the_paper_has_a_file():
+    assert names("method") == METHODS
+    assert names("setting") == ["rapid", "stable"]
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"variables": None}, {"variables": {"data": "x"}, "model": {"name": "mpt_causal_lm"}}]
+)
+def test_a_config_without_method_and_setting_is_not_touched(config):
+    before = copy.deepcopy(config)
+    assert expand(config) is config
+    assert config == before
+
+
+def test_the_runs_own_keys_win():
+    config = {
+        "variables": {"method": "wesar", "setting": "rapid"},
+        "model": {"init_config": {"sigma": 0.02}},
+        "optimizer": {"lr": 0.5},
+    }
+    expanded = expand(config)
+    assert expanded["model"]["init_config"] == {"name": "wesar_", "sigma": 0.02, "backbone": "he"}
+    assert expanded["optimizer"]["lr"] == 0.5
+    assert expanded["optimizer"]["betas"] == [0.9, 0.95]
+
+
+@pytest.mark.parametrize(("kind", "known"), [("method", "wesar_small"), ("setting", "rapid, stable")])
+def test_an_unknown_name_lists_the_known_ones(kind, known):
+    with pytest.raises(ValueError, match=rf"variables\.{kind}: 'wezar' is not known; use one of .*{known}"):
+        expand({"variables": {kind: "wezar"}})
+
+
+def test_tables_3_and_11():
+    """Batch in tokens at context 2048, learning rate, warm-up, and what both settings share."""
+    rapid, stable = load("setting", "rapid"), load("setting", "stable")
+    assert (rapid.global_train_batch_size * 2048, stable.global_train_batch_size * 2048) == (2**20, 2**22)
+    assert (rapid.optimizer.lr, stable.optimizer.lr) == (1e-3, 5e-4)
+    assert (rapid.scheduler.t_warmup, stable.scheduler.t_warmup) == ("100ba", "2000ba")
+    for setting in (rapid, stable):
+        assert setting.precision == "amp_bf16"
+        assert list(setting.optimizer.betas) == [0.9, 0.95]
+        assert setting.optimizer.weight_decay == 0.01
+        assert setting.algorithms.gradient_clipping.clipping_threshold == 1.0
+        assert setting.model.z_loss == 1e-4
+
+
+def test_table_6_sigmas():
+    """σ² of each reparameterisation, to the digits that the files carry."""
+    sigmas = {"wesar": 4e-5, "weight_norm": 16e-5, "sigma_reparam": 64e-5, "sigma_reparam_post_ln": 16e-5}
+    for method, variance in sigmas.items():
+        assert load("method", method).model.init_config.sigma ** 2 == pytest.approx(variance, rel=1e-8)
