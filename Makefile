@@ -1,0 +1,32 @@
+# Needs Python ≥ 3.10, make and a network; everything else is set up in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The packages of the environment go first where a tool starts another one, as Composer's launcher does.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHONWARNINGS := ignore
+
+.PHONY: quickstart test check clean
+
+quickstart: $(VENV)/ready
+	llmfoundry-wesar data data/stdlib --source stdlib --vocab-size 4096 --sequence-length 256 --val-fraction 0.03
+	llmfoundry train yamls/quickstart.yaml variables.method=small_init
+	llmfoundry train yamls/quickstart.yaml variables.method=wesar
+	llmfoundry-wesar plot runs/quickstart-small_init runs/quickstart-wesar --table --out quickstart.png
+
+test: $(VENV)/ready
+	pytest
+
+check: $(VENV)/ready
+	ruff check .
+	ruff format --check .
+	pyright
+	pytest
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build data/stdlib runs *.egg-info
