@@ -1,0 +1,220 @@
+"""Text documents: where they come from, in which order, and which of them are held out."""
+
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import random
+import re
+import sysconfig
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import pyarrow
+from datasets import IterableDataset, load_dataset
+from tqdm import tqdm
+
+__all__ = ["Corpus", "Document", "batches", "find_files", "open_hub", "progress_bar"]
+
+# Bounds on memory, in bytes of text; while a document is encoded it takes about 150 bytes per byte.
+TXT_BYTES = 1_000_000  # documents that a longer .txt file is cut into
+SHUFFLE_BYTES = 128_000_000  # documents that wait in the shuffle buffer
+BATCH_BYTES = 4_000_000  # documents that are encoded in one call, which spreads them over the cores
+
+FILE_NAME = re.compile(r"\.(txt|jsonl)(\.(xz|zst|gz))?$")
+FILE_NAMES = "*.txt or *.jsonl, plain or with .xz, .zst or .gz"
+# Tests are odd text, `encodings` is tables of hexadecimal numbers, and the packages are not the library.
+NOT_STDLIB = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"}
+
+
+class Document(NamedTuple):
+    """A text, the split that it belongs to, and its size in bytes of UTF-8."""
+
+    split: str
+    text: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """An iterable of documents, the same ones in the same order each time.
+
+    Args:
+        files: Paths from `find_files`.
+        hub: Streams from `open_hub`, read after the files.
+        text_key: Field of a .jsonl line or a row that holds the text.
+        seed: Of the split and of the order.
+        shuffle: Read the files in random order and pass the documents through a shuffle buffer.
+        val_fraction: Share of the documents to hold out, in [0, 1).
+    """
+
+    files: Sequence[Path]
+    hub: Sequence[IterableDataset]
+    text_key: str
+    seed: int
+    shuffle: bool
+    val_fraction: float
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return ("train", "val") if self.val_fraction else ("train",)
+
+    def __iter__(self) -> Iterator[Document]:
+        files, hub, rng = list(self.files), self.hub, random.Random(self.seed)
+        if self.shuffle:
+            rng.shuffle(files)
+            # This puts a data set's own files in random order; its buffer counts documents, ours bytes.
+            hub = [rows.shuffle(seed=self.seed, buffer_size=1) for rows in hub]
+        from_files = (text for path in files for text, _ in _read(path, self.text_key))
+        from_hub = (row[self.text_key] for rows in hub for row in rows)
+        documents = (self._document(text) for text in chain(from_files, from_hub) if text)
+        return _shuffled(documents, rng) if self.shuffle else documents
+
+    def _document(self, text: str) -> Document:
+        """Choose the split by content, so that equal texts are never in two."""
+        data = text.encode()
+        digest = hashlib.blake2b(data, digest_size=8, key=str(self.seed).encode()).digest()
+        held_out = int.from_bytes(digest, "big") < self.val_fraction * 2**64
+        return Document("val" if held_out else "train", text, len(data))
+
+    def check(self, sequence_length: int) -> dict[str, int]:
+        """Read every file once, to find a bad one before hours are spent, and return the bytes of text per split.
+
+        Raises:
+            ValueError: A file is damaged or not UTF-8, a .jsonl line has no text, or a split cannot fill a sequence.
+        """
+        count, size = Counter(), Counter()
+        with progress_bar("checking files", sum(path.stat().st_size for path in self.files), "B") as bar:
+            for path in self.files:
+                before = 0
+                for text, position in _read(path, self.text_key):
+                    bar.update(position - before)
+                    before = position
+                    document = self._document(text)
+                    count[document.split] += 1
+                    size[document.split] += document.size
+        for split in self.splits:
+            # A token has at least a byte, except for EOS and what a tokenizer may put around a document.
+            if not self.hub and size[split] + 3 * count[split] < sequence_length:
+                raise ValueError(
+                    f"the {split} split has {size[split]} bytes of text, too few for one sequence of {sequence_length} "
+                    "tokens: add text, or change val_fraction or sequence_length"
+                )
+        return {split: size[split] for split in self.splits}
+
+
+def _shuffled(documents: Iterable[Document], rng: random.Random) -> Iterator[Document]:
+    held, size = [], 0
+    for document in documents:
+        held.append(document)
+        size += document.size
+        while size > SHUFFLE_BYTES:
+            chosen = rng.randrange(len(held))
+            held[chosen], held[-1] = held[-1], held[chosen]
+            size -= held[-1].size
+            yield held.pop()
+    rng.shuffle(held)
+    yield from held
+
+
+def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Group documents into lists of at least `BATCH_BYTES`, but for the last."""
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += document.size
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def progress_bar(what: str, total: int | None, unit: str) -> tqdm:
+    """A bar for a terminal; nothing is drawn into a file or pipe."""
+    return tqdm(desc=what, total=total, unit=unit, unit_scale=True, disable=None)
+
+
+def find_files(source: str) -> dict[str, Path]:
+    """Find the files of `stdlib`, a folder or a file, in a fixed order, each under the name that identifies it.
+
+    Raises:
+        FileNotFoundError: There is no such file or folder.
+        ValueError: A file's name, or every name in a folder, ends in something else than `FILE_NAMES`.
+    """
+    if source == "stdlib":
+        root = Path(sysconfig.get_path("stdlib"))
+        modules = {path.relative_to(root): path for path in sorted(root.rglob("*.py"))}
+        return {f"stdlib/{name}": path for name, path in modules.items() if NOT_STDLIB.isdisjoint(name.parts)}
+    path = Path(source).absolute()
+    if not path.exists():
+        raise FileNotFoundError(f"source {source} is no file or folder, and neither stdlib nor hf:NAME")
+    found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = {str(file): file for file in found if file.is_file() and FILE_NAME.search(file.name)}
+    if not files:
+        raise ValueError(f"source {source} {'holds no file' if path.is_dir() else 'is not'} named {FILE_NAMES}")
+    return files
+
+
+def open_hub(source: str, text_key: str) -> IterableDataset:
+    """Open the train split of `hf:NAME[:CONFIG]` as a stream.
+
+    Raises:
+        ValueError: Its first row has no text under `text_key`.
+    """
+    name, _, config = source.removeprefix("hf:").partition(":")
+    rows = cast(IterableDataset, load_dataset(name, config or None, split="train", streaming=True))
+    first = next(iter(rows), {})
+    if not isinstance(first.get(text_key), str):
+        raise ValueError(f"source {source} has no text under {text_key!r}; text_key may be another of {list(first)}")
+    return rows
+
+
+def _decompressed(raw: BinaryIO, suffix: str) -> Any:
+    if suffix == ".xz":
+        return lzma.open(raw)
+    if suffix == ".gz":
+        return gzip.open(raw)
+    if suffix == ".zst":
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd"))
+    return raw
+
+
+def _read(path: Path, text_key: str) -> Iterator[tuple[str, int]]:
+    """Yield each text of a file, and how many of the file's bytes have been read by then."""
+    name = FILE_NAME.search(path.name)
+    jsonl = name is not None and name[1] == "jsonl"
+    offset = 0
+    try:
+        with path.open("rb") as raw, _decompressed(raw, path.suffix) as stream:
+            cuts = stream if jsonl else iter(lambda: b"".join(stream.readlines(TXT_BYTES)), b"")
+            for number, data in enumerate(cuts, start=1):
+                try:
+                    text = data.decode()
+                except UnicodeDecodeError as error:
+                    raise ValueError(
+                        f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {offset + error.start} "
+                        "of the text; convert it first"
+                    ) from None
+                offset += len(data)
+                if not jsonl:
+                    yield text, raw.tell()
+                elif text.strip():
+                    yield _field(text, text_key, f"{path}, line {number}"), raw.tell()
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _field(line: str, text_key: str, where: str) -> str:
+    try:
+        text = json.loads(line)[text_key]
+        text.encode()  # JSON can spell half a surrogate pair, which no encoding can hold
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where}: not a JSON object with text under {text_key!r}; change it or text_key") from error
+    return text

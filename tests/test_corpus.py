@@ -1,0 +1,141 @@
+"""Reading, order and split of the documents; what becomes of them is in test_data.py."""
+
+import gzip
+import json
+import lzma
+from itertools import pairwise
+
+import pyarrow
+import pytest
+
+from llmfoundry_wesar import corpus as corpus_module
+from llmfoundry_wesar.corpus import Corpus, find_files, open_hub
+
+TEXTS = [f"document {number}: naïve Δ 漢字\n" + "words " * (number % 7) for number in range(2000)]
+
+
+def jsonl(texts, key="text"):
+    return "".join(json.dumps({key: text}, ensure_ascii=False) + "\n" for text in texts)
+
+
+def corpus_of(path, text_key="text", seed=17, shuffle=False, val_fraction=0.1):
+    return Corpus(list(find_files(str(path)).values()), [], text_key, seed, shuffle, val_fraction)
+
+
+def zstd(path, data):
+    # Two frames, as parallel compressors write them.
+    with path.open("wb") as file:
+        for part in (data[: len(data) // 2], data[len(data) // 2 :]):
+            with pyarrow.CompressedOutputStream(pyarrow.PythonFile(file, mode="w"), "zstd") as frame:
+                frame.write(part)
+            file = path.open("ab")
+
+
+WRITERS = {
+    "": lambda path, data: path.write_bytes(data),
+    ".gz": lambda path, data: path.write_bytes(gzip.compress(data)),
+    ".xz": lambda path, data: path.write_bytes(lzma.compress(data)),
+    ".zst": zstd,
+}
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_every_packing_of_both_formats_gives_the_texts_exactly(tmp_path, suffix):
+    """Line ends and characters beyond ASCII included; a .txt file is one document, a .jsonl line is one."""
+    text = "first\r\nsecond\n\n漢字\n"
+    WRITERS[suffix](tmp_path / f"a.jsonl{suffix}", (jsonl(TEXTS) + "\n\n").encode())
+    WRITERS[suffix](tmp_path / f"b.txt{suffix}", text.encode())
+    assert [document.text for document in corpus_of(tmp_path)] == [*TEXTS, text]
+
+
+def test_long_txt_file_is_cut_at_line_ends(tmp_path, monkeypatch):
+    """Into documents of bounded size that join to the file, so that one big file has a val split too."""
+    monkeypatch.setattr(corpus_module, "TXT_BYTES", 1_000)
+    text = "".join(text + "\n" for text in TEXTS)
+    (tmp_path / "a.txt").write_text(text)
+    cuts = [document.text for document in corpus_of(tmp_path)]
+    assert "".join(cuts) == text and len(cuts) > 50
+    assert all(cut.endswith("\n") and len(cut.encode()) < 1_100 for cut in cuts)
+    assert corpus_of(tmp_path).check(sequence_length=16)["val"] > 1_000
+    (tmp_path / "a.txt").write_bytes(text.encode() + b"\xff")
+    with pytest.raises(ValueError, match=f"byte 0xff at offset {len(text.encode())} "):
+        corpus_of(tmp_path).check(sequence_length=16)
+
+
+def test_split_depends_on_text_and_seed_alone(tmp_path):
+    """Equal texts are never in both splits, whatever surrounds them; the share is binomial, so within 4 sd."""
+    (tmp_path / "a.jsonl").write_text(jsonl(TEXTS))
+    (tmp_path / "b.jsonl").write_text(jsonl(reversed(TEXTS)))
+    val = [document.text for document in corpus_of(tmp_path) if document.split == "val"]
+    train = [document.text for document in corpus_of(tmp_path) if document.split == "train"]
+    assert sorted(val + train) == sorted(TEXTS * 2)
+    assert not set(val) & set(train)
+    assert abs(len(set(val)) / len(TEXTS) - 0.1) < 4 * (0.1 * 0.9 / len(TEXTS)) ** 0.5
+    other_seed = {document.text for document in corpus_of(tmp_path, seed=18) if document.split == "val"}
+    assert len(other_seed & set(val)) < len(val) / 4
+
+
+def test_shuffle_keeps_every_document_within_the_memory_bound(tmp_path, monkeypatch):
+    """With a buffer far smaller than the text: same documents, other order, repeatable, set by the seed."""
+    (tmp_path / "a.jsonl").write_text(jsonl(TEXTS))
+    monkeypatch.setattr(corpus_module, "SHUFFLE_BYTES", 10_000)
+    order = [TEXTS.index(document.text) for document in corpus_of(tmp_path, shuffle=True)]
+    assert sorted(order) == list(range(len(TEXTS)))
+    assert order == [TEXTS.index(document.text) for document in corpus_of(tmp_path, shuffle=True)]
+    assert order != [TEXTS.index(document.text) for document in corpus_of(tmp_path, shuffle=True, seed=18)]
+    adjacent = sum(after - before == 1 for before, after in pairwise(order))
+    assert adjacent < len(order) / 50
+    # 10,000 bytes are at most 250 of these documents, so none can come earlier than that.
+    assert all(number - place < 250 for place, number in enumerate(order))
+
+
+@pytest.mark.parametrize("hub", [False, True])
+def test_shuffle_mixes_the_order_of_files(tmp_path, monkeypatch, hub):
+    """Those of a Hugging Face data set too, so that a token budget is not spent on the first of them alone."""
+    monkeypatch.setattr(corpus_module, "SHUFFLE_BYTES", 0)
+    for name in range(20):
+        (tmp_path / f"{name:02}.jsonl").write_text(jsonl([str(name)]))
+    files = [] if hub else list(find_files(str(tmp_path)).values())
+    rows = [open_hub(f"hf:{tmp_path}", "text")] if hub else []
+    plain, mixed = ([document.text for document in Corpus(files, rows, "text", 17, mix, 0.1)] for mix in (False, True))
+    assert plain == [str(name) for name in range(20)]
+    assert mixed != plain and sorted(mixed) == sorted(plain)
+
+
+def test_stdlib_is_library_modules_only():
+    names = find_files("stdlib")
+    assert "stdlib/json/decoder.py" in names and "stdlib/argparse.py" in names
+    assert not any(part in name for name in names for part in ("/test/", "/tests/", "-packages/", "/encodings/"))
+
+
+@pytest.mark.parametrize(
+    "name, data, message",
+    [
+        ("a.txt", b"good \xff bad", r"a.txt is not UTF-8: byte 0xff at offset 5 "),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xe4"}\n', r"a.jsonl is not UTF-8: byte 0xe4 at offset 24 "),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n{"text": "\xe4"}\n'), r"a.jsonl.gz is not UTF-8.* offset 24 "),
+        ("a.jsonl", b'{"text": "x"}\n\n{"body": "y"}\n', r"a.jsonl, line 3: .*'text'"),
+        ("a.jsonl", b'{"text": 5}\n', r"a.jsonl, line 1: .*'text'"),
+        ("a.jsonl", b'["text"]\n', r"a.jsonl, line 1: .*'text'"),
+        ("a.jsonl", b'{"text": "x"\n', r"a.jsonl, line 1: "),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', r"a.jsonl, line 1: "),
+        ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], r"a.txt.gz cannot be read"),
+        ("a.txt.xz", lzma.compress(b"text" * 99)[:-9], r"a.txt.xz cannot be read"),
+        ("a.txt.xz", b"no xz at all", r"a.txt.xz cannot be read"),
+        ("a.txt.zst", b"no zstd at all", r"a.txt.zst cannot be read"),
+        ("a.jsonl", b"", r"the train split has 0 bytes"),
+    ],
+)
+def test_check_names_the_file_and_the_place(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        corpus_of(tmp_path).check(sequence_length=16)
+
+
+@pytest.mark.parametrize("name, message", [("notes.md", "notes.md is not named"), (".", "holds no file named")])
+def test_sources_without_readable_files_are_refused(tmp_path, name, message):
+    (tmp_path / "notes.md").write_text("x")
+    with pytest.raises(ValueError, match=message):
+        find_files(str(tmp_path / name))
+    with pytest.raises(FileNotFoundError, match="missing"):
+        find_files(str(tmp_path / "missing"))

@@ -1,0 +1,328 @@
+"""From text to shards and back, read through foundry's own loader rather than our own notion of the format."""
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from llmfoundry.data.data import ConcatTokensDataset
+from llmfoundry.data.dataloader import build_dataloader
+from llmfoundry.utils.builders import build_tokenizer
+from tokenizers import processors
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from llmfoundry_wesar import corpus as corpus_module
+from llmfoundry_wesar import data as data_module
+from llmfoundry_wesar.cli import app
+from llmfoundry_wesar.data import EOS, prepare
+
+WORDS = ["the", "matrix", "W", "is", "αW", "and", "漢字", "stays", "whole.\n\t", "def", "f(x):", "return", "x"]
+LENGTH = 32
+OPTIONS = {"sequence_length": LENGTH, "vocab_size": 300, "val_fraction": 0.2}
+
+
+def make_texts(count=200):
+    rng = random.Random(0)
+    texts = [f"{number} {' '.join(rng.choices(WORDS, k=rng.randrange(5, 60)))}" for number in range(count)]
+    texts[7] += f" {EOS} is spelt out here"
+    return texts
+
+
+TEXTS = make_texts()
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A .jsonl file of TEXTS."""
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+@pytest.fixture
+def small_bounds(monkeypatch):
+    """Many batches and a shuffle buffer that overflows, as on real amounts of text."""
+    monkeypatch.setattr(corpus_module, "BATCH_BYTES", 3_000)
+    monkeypatch.setattr(corpus_module, "SHUFFLE_BYTES", 10_000)
+
+
+def load(out, split):
+    """Read the sequences of a split as a training run would: (sequences, sequence_length)."""
+    dataset = {"local": str(out), "split": split, "shuffle": False, "max_seq_len": LENGTH}
+    config = {"name": "text", "dataset": dataset, "drop_last": False, "num_workers": 0, "pin_memory": False}
+    config |= {"prefetch_factor": None, "persistent_workers": False}
+    tokenizer = build_tokenizer(str(out / "tokenizer"), {"model_max_length": LENGTH})
+    tokenizer.pad_token = tokenizer.eos_token
+    loader = build_dataloader(config, tokenizer, device_batch_size=1).dataloader
+    return np.concatenate([batch["input_ids"].numpy() for batch in loader]), tokenizer
+
+
+def documents(out, split):
+    """Cut the tokens of a split at every EOS: the texts of whole documents, and the tokens after the last EOS."""
+    sequences, tokenizer = load(out, split)
+    assert sequences.shape[1] == LENGTH
+    tokens = sequences.reshape(-1)
+    ends = np.flatnonzero(tokens == tokenizer.eos_token_id)
+    pieces = np.split(tokens, ends + 1)
+    return [tokenizer.decode(piece[:-1]) for piece in pieces[:-1]], tokenizer.decode(pieces[-1])
+
+
+def tree(folder):
+    """Every file below a folder, by its bytes."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_every_document_comes_back_once_through_foundrys_loader(tmp_path, source, small_bounds):
+    """Also one that spells out the EOS; only a tail that is shorter than a sequence may be missing."""
+    counts = prepare(tmp_path / "out", [source], **OPTIONS)
+    seen, tails = Counter(), []
+    for split in ("train", "val"):
+        whole, tail = documents(tmp_path / "out", split)
+        seen.update(whole)
+        tails.append(tail)
+    assert set(seen.values()) == {1} and set(seen) <= set(TEXTS)
+    missing = [text for text in TEXTS if text not in seen]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
+    length = sum(len(tokenizer(text, split_special_tokens=True).input_ids) + 1 for text in TEXTS)
+    dropped = length - sum(counts.values()) * LENGTH
+    assert 0 <= dropped < 2 * LENGTH
+    # The tail of each split is the start of a document that was cut off, maybe within a character.
+    assert all(any(text.startswith(tail.rstrip("\ufffd")) for text in missing) for tail in tails)
+
+
+def test_sequences_are_those_of_foundrys_concat_tokens(tmp_path, source, small_bounds):
+    """Without shuffling and val, sequence for sequence; the text with a spelt-out EOS is left out, see above."""
+    texts = [text for text in TEXTS if EOS not in text]
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepare(tmp_path / "out", [source], shuffle=False, **OPTIONS | {"val_fraction": 0})
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
+    rows = [{"text": text} for text in texts]
+    stock = ConcatTokensDataset(rows, tokenizer, LENGTH, bos_text="", eos_text=EOS, no_wrap=False)
+    np.testing.assert_array_equal(load(tmp_path / "out", "train")[0], [row["tokens"] for row in stock])
+    assert not (tmp_path / "out/val").exists()
+
+
+def test_max_tokens_is_exact_and_val_comes_on_top(tmp_path, source, small_bounds):
+    """1,000 tokens are 31.25 sequences: 32 are written, the first 32 of the run without a limit."""
+    everything = prepare(tmp_path / "all", [source], **OPTIONS)
+    counts = prepare(tmp_path / "out", [source], max_tokens=1000, **OPTIONS)
+    assert counts["train"] == 32 < everything["train"]
+    assert 0 < counts["val"] < everything["val"]
+    np.testing.assert_array_equal(load(tmp_path / "out", "train")[0], load(tmp_path / "all", "train")[0][:32])
+
+
+def test_hugging_face_data_sets_are_streamed(tmp_path, source, small_bounds):
+    """`datasets` loads a local folder by the code path that it takes for one on the Hub."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for part in range(4):
+        lines = [json.dumps({"content": text, "id": part}) + "\n" for text in TEXTS[part::4]]
+        (folder / f"part{part}.jsonl").write_text("".join(lines))
+    with pytest.raises(ValueError, match=r"no text under 'text'; .*\['content', 'id'\]"):
+        prepare(tmp_path / "out", [f"hf:{folder}"], **OPTIONS)
+    counts = prepare(tmp_path / "out", [f"hf:{folder}"], text_key="content", **OPTIONS)
+    assert counts == prepare(tmp_path / "again", [f"hf:{folder}"], text_key="content", **OPTIONS)
+    assert tree(tmp_path / "out") == tree(tmp_path / "again")
+    seen = documents(tmp_path / "out", "train")[0] + documents(tmp_path / "out", "val")[0]
+    assert len(set(seen)) == len(seen) > len(TEXTS) - 6 and set(seen) <= set(TEXTS)
+    assert prepare(tmp_path / "few", [f"hf:{folder}"], text_key="content", max_tokens=640, **OPTIONS)["train"] == 20
+
+
+def test_vocabulary_is_exact_and_holds_every_byte(tmp_path, source):
+    prepare(tmp_path / "out", [source], **OPTIONS)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
+    assert len(tokenizer) == max(tokenizer.get_vocab().values()) + 1 == 300
+    strange = bytes(range(128)).decode() + "ÿ\u2028😀"
+    assert tokenizer.decode(tokenizer(strange).input_ids) == strange
+    with pytest.raises(ValueError, match="vocab_size: 30000 is too large: the text gives"):
+        prepare(tmp_path / "large", [source], **OPTIONS | {"vocab_size": 30000})
+    assert tree(tmp_path / "large") == {}
+
+
+def test_given_tokenizer_keeps_its_own_special_tokens(tmp_path, source):
+    """One that frames a text in BOS and EOS by itself, as Llama's and T5's do: no second EOS, the BOS stays."""
+    prepare(tmp_path / "first", [source], **OPTIONS)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "first/tokenizer")
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    pairs = [("<s>", tokenizer.bos_token_id), (EOS, tokenizer.eos_token_id)]
+    framed = processors.TemplateProcessing(single=f"<s> $A {EOS}", special_tokens=pairs)
+    tokenizer.backend_tokenizer.post_processor = framed
+    tokenizer.save_pretrained(tmp_path / "framed")
+    options = {key: value for key, value in OPTIONS.items() if key != "vocab_size"}
+    prepare(tmp_path / "out", [source], tokenizer=str(tmp_path / "framed"), **options)
+    whole, _ = documents(tmp_path / "out", "train")
+    assert len(whole) > 100 and {text.removeprefix("<s>") for text in whole} <= set(TEXTS)
+    assert all(text.startswith("<s>") for text in whole)
+
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "endless")
+    with pytest.raises(ValueError, match="endless has no EOS"):
+        prepare(tmp_path / "out2", [source], tokenizer=str(tmp_path / "endless"), **options)
+    with pytest.raises(ValueError, match="vocab_size: 300 does not apply"):
+        prepare(tmp_path / "out2", [source], tokenizer=str(tmp_path / "framed"), **OPTIONS)
+    assert not (tmp_path / "out2").exists()
+
+
+@pytest.mark.parametrize("crash", range(4))
+def test_a_crash_before_any_commit_leaves_only_finished_parts(tmp_path, source, monkeypatch, crash):
+    """The manifest, the tokenizer, train and val are committed by a rename each; fail at every one, then finish."""
+    prepare(tmp_path / "whole", [source], **OPTIONS)
+    expected = tree(tmp_path / "whole")
+    renames = 0
+
+    rename = Path.rename
+
+    def failing(self, target):
+        nonlocal renames
+        renames += 1
+        if renames == crash + 1:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", failing)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path / "out", [source], **OPTIONS)
+    left = tree(tmp_path / "out")
+    assert {name.split("/")[0] for name in left} == set(["manifest.json", "tokenizer", "train", "val"][:crash])
+    assert all(expected[name] == data for name, data in left.items())
+    written = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in left}
+    prepare(tmp_path / "out", [source], **OPTIONS)
+    assert tree(tmp_path / "out") == expected
+    assert all((tmp_path / "out" / name).stat().st_mtime_ns == time for name, time in written.items())
+
+
+def test_killed_while_it_writes_and_started_again(tmp_path, source):
+    """SIGKILL at the fifth sequence leaves no split, and the second run completes to identical bytes."""
+    program = """if True:
+        import json, os, signal, sys
+        from llmfoundry_wesar import data
+        write, calls = data.MDSWriter.write, []
+        def killed(self, sample):
+            calls.append(write(self, sample))
+            if len(calls) == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+        data.MDSWriter.write = killed
+        data.prepare(sys.argv[1], [sys.argv[2]], **json.loads(sys.argv[3]))
+    """
+    arguments = [str(tmp_path / "out"), str(source), json.dumps(OPTIONS)]
+    process = subprocess.run([sys.executable, "-c", program, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert process.returncode == -signal.SIGKILL
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".partial", "manifest.json", "tokenizer"}
+    prepare(tmp_path / "out", [source], **OPTIONS)
+    prepare(tmp_path / "whole", [source], **OPTIONS)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_finished_run_is_left_alone_and_says_so(tmp_path, source, capsys):
+    counts = prepare(tmp_path / "out", [source], **OPTIONS)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    capsys.readouterr()
+    assert prepare(tmp_path / "out", [source], **OPTIONS) == counts
+    assert "is complete: nothing to do" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == times
+
+
+@pytest.mark.parametrize(
+    "key, value", [("sequence_length", 16), ("vocab_size", 301), ("val_fraction", 0.1), ("seed", 1), ("max_tokens", 99)]
+)
+def test_other_arguments_on_the_same_folder_are_refused_by_name(tmp_path, source, key, value):
+    prepare(tmp_path / "out", [source], **OPTIONS)
+    before = tree(tmp_path / "out")
+    with pytest.raises(ValueError, match=rf"out was prepared with {key}: \S+, not {value};"):
+        prepare(tmp_path / "out", [source], **OPTIONS | {key: value})
+    assert tree(tmp_path / "out") == before
+
+
+def test_changed_text_is_refused_by_its_file(tmp_path, source):
+    prepare(tmp_path / "out", [source], **OPTIONS)
+    source.write_text(source.read_text() + '{"text": "more"}\n')
+    with pytest.raises(ValueError, match=r"prepared with bytes of \S+text.jsonl: "):
+        prepare(tmp_path / "out", [source], **OPTIONS)
+
+
+def test_folder_that_holds_something_else_is_refused(tmp_path, source):
+    with pytest.raises(FileExistsError, match="holds something else"):
+        prepare(tmp_path, ["stdlib"], **OPTIONS)
+    with pytest.raises(FileExistsError, match="holds something else"):
+        prepare(source, ["stdlib"], **OPTIONS)
+    assert set(tree(tmp_path)) == {"text.jsonl"}
+
+
+def test_output_inside_the_source_folder_is_not_read_back(tmp_path, source, capsys):
+    """The tokenizer's merges.txt would otherwise count as text, and as a change of the sources."""
+    prepare(tmp_path / "out", [tmp_path], **OPTIONS)
+    prepare(tmp_path / "out", [tmp_path], **OPTIONS)
+    assert "nothing to do" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"vocab_size": 257}, "vocab_size: 257 is too small"),
+        ({"sequence_length": 0}, "sequence_length: 0 must"),
+        ({"max_tokens": 0}, "max_tokens: 0 must"),
+        ({"val_fraction": 1.0}, r"val_fraction: 1.0 must be in \[0, 1\)"),
+        ({"sequence_length": 100_000}, "the train split has .* too few for one sequence of 100000 tokens"),
+        ({"val_fraction": 1e-9}, "the val split has 0 bytes of text, too few"),
+        ({"text_key": "body"}, "text.jsonl, line 1: .*'body'"),
+    ],
+)
+def test_wrong_arguments_are_named_before_anything_is_written(tmp_path, source, options, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(tmp_path / "out", [source], **OPTIONS | options)
+    with pytest.raises(ValueError, match="no sources"):
+        prepare(tmp_path / "out", [], **OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_split_with_fewer_tokens_than_a_sequence_is_not_written(tmp_path, source):
+    """Enough bytes, so that only encoding shows it: about 1.5 bytes a token here."""
+    size = sum(len(text.encode()) for text in TEXTS)
+    with pytest.raises(ValueError, match=rf"train split has fewer tokens than one sequence, {size}"):
+        prepare(tmp_path / "out", [source], **OPTIONS | {"sequence_length": size, "val_fraction": 0})
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"manifest.json", "tokenizer"}
+
+
+def test_progress_is_shown_on_a_terminal_only(tmp_path, source, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for kind, expected in ((Terminal, True), (io.StringIO, False)):
+        monkeypatch.setattr(sys, "stderr", kind())
+        prepare(tmp_path / kind.__name__, [source], **OPTIONS)
+        shown = sys.stderr.getvalue()
+        assert [f"{bar}: 100%" in shown for bar in ("checking files", "tokenizer", "shards")] == [expected] * 3
+
+
+def test_stdlib_gives_the_same_bytes_twice_and_through_the_command(tmp_path, monkeypatch):
+    """Thread timing and the folder do not matter; what comes out is Python source."""
+    monkeypatch.setattr(data_module, "TOKENIZER_BYTES", 500_000)  # of 10 MB, for speed
+    monkeypatch.setattr(corpus_module, "BATCH_BYTES", 500_000)
+    options = {"vocab_size": 300, "sequence_length": LENGTH, "max_tokens": 20_000, "val_fraction": 0.1}
+    counts = prepare(tmp_path / "one", ["stdlib"], **options)
+    assert counts["train"] == 625
+    flags = ["--source", "stdlib", "--vocab-size", "300", "--sequence-length", str(LENGTH)]
+    flags += ["--max-tokens", "20K", "--val-fraction", "0.1"]
+    result = CliRunner().invoke(app, ["data", str(tmp_path / "two"), *flags])
+    assert "two/train: 625 sequences of 32, 20,000 tokens" in result.output
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    tokens, tokenizer = load(tmp_path / "one", "train")
+    assert tokenizer.decode(tokens.reshape(-1)).count("\n    def ") > 20
+
+
+def test_command_prints_one_line_for_an_error(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    result = CliRunner().invoke(app, ["data", str(tmp_path / "out"), "--source", str(tmp_path)])
+    assert result.exit_code == 1 and not (tmp_path / "out").exists()
+    assert result.output.strip().count("\n") == 0
+    assert "a.txt is not UTF-8: byte 0xff at offset 0" in result.output
