@@ -1,0 +1,374 @@
+"""Draws the paper's figures from what runs logged.
+
+`plot` goes all the way from folders to a picture; `draw` starts from metrics in memory. A block has the index that it
+has in the metric key: `blocks.0` is the paper's 1st layer.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogFormatter
+
+from llmfoundry_wesar.scalars import (
+    ROLES,
+    Curve,
+    Scalars,
+    find_curves,
+    load_runs,
+    median_update_ratio_quotient,
+    rank,
+    replacing,
+    write_csv,
+)
+
+
+class Spec(NamedTuple):
+    """What a figure shows: one panel for each value of the `Curve` attribute that `panels` names."""
+
+    shows: str
+    panels: str
+    families: tuple[str, ...]
+    roles: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+
+
+FIGURES = {
+    "1": Spec("loss; update ratios of W_d and W_u", "family", ("loss", "update_ratio"), ("W_d", "W_u")),
+    "2": Spec("loss", "family", ("loss",)),
+    "3": Spec("norms of W_d and W_u", "family", ("weight_norm",), ("W_d", "W_u"), ("virtual_weight_norm",)),
+    "8": Spec("gradient norms of all matrices of a block", "run", ("grad_norm",)),
+    "9": Spec("update ratios of all matrices of a block, with --layer also 10 to 12", "run", ("update_ratio",)),
+    "gates": Spec("all gates", "role", ("gate",)),
+}
+
+_QUANTITIES = {
+    "loss": "training loss (nats per token)",
+    "update_ratio": r"update ratio $\|\Delta W\| / \|W\|$",
+    "weight_norm": r"norm $\|W\|$",
+    "grad_norm": r"gradient norm $\|\partial\mathcal{L} / \partial W\|$",
+    "gate": r"gate $\alpha$",
+}
+
+_HOW_TO_LOG = {
+    "loss": "with loggers.tensorboard in the YAML",
+    "update_ratio": "with callbacks.update_ratio_monitor in the YAML",
+    "weight_norm": "with weight_norm in callbacks.update_ratio_monitor.metrics in the YAML",
+    "grad_norm": "with grad_norm in callbacks.update_ratio_monitor.metrics in the YAML",
+    "gate": "a model with gates, with callbacks.gate_monitor in the YAML",
+}
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; grey takes the place of their yellow.
+_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C"]
+
+_STYLE: dict[Any, Any] = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.xmargin": 0.01,
+    "font.size": 9,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+}
+
+_SUFFIXES = (".pdf", ".png", ".svg")
+
+
+def _in_block(curves: list[Curve], layer: int | None) -> list[Curve]:
+    """The curves of block `layer`, or of the last one."""
+    blocks = sorted({curve.block for curve in curves if curve.block is not None})
+    if layer is not None and blocks and layer not in blocks:
+        raise ValueError(
+            f"run {curves[0].run!r} has no {curves[0].family} metrics of block {layer}: "
+            f"--layer counts from 0, logged are {', '.join(map(str, blocks))}"
+        )
+    return [curve for curve in curves if curve.block in (blocks[-1:] if layer is None else [layer])]
+
+
+def select(figure: str, runs: Mapping[str, Scalars], layer: int | None = None) -> list[Curve]:
+    """Picks the curves of a figure.
+
+    A model with z-loss logs its cross-entropy as `loss/train/loss` and the sum as `loss/train/total`, any other model
+    only the latter. The cross-entropy is taken from each, so that the curves compare.
+
+    Args:
+        figure: A name in `FIGURES`.
+        runs: Name → metrics, as from `load_runs`.
+        layer: Index of the block, from 0; None takes the last one of each run, for `gates` all of them.
+
+    Raises:
+        ValueError: Unknown figure, a run without metrics that the figure needs, or a block that it has not logged.
+    """
+    if figure not in FIGURES:
+        known = "; ".join(f"{name} ({spec.shows})" for name, spec in FIGURES.items())
+        raise ValueError(f"unknown figure {figure!r}, known are: {known}")
+    spec = FIGURES[figure]
+    if layer is not None and spec.families == ("loss",):
+        raise ValueError(f"figure {figure} shows nothing but the loss: leave out --layer")
+    curves = []
+    for run, scalars in runs.items():
+        for family in spec.families + spec.also:
+            found = find_curves(run, scalars, family)
+            if family != "loss":
+                found = [curve for curve in found if not spec.roles or curve.role in spec.roles]
+                found = found if layer is None and family == "gate" else _in_block(found, layer)
+            lacking = set(spec.roles if family != "loss" else ()) - {curve.role for curve in found}
+            if family in spec.families and (lacking or not found):
+                of = f" of {' and '.join(sorted(lacking))}" if lacking else ""
+                raise ValueError(
+                    f"run {run!r} has no {family} metrics{of}, which figure {figure} shows: train {_HOW_TO_LOG[family]}"
+                )
+            curves += found
+    return curves
+
+
+def _x_values(run: str, scalars: Scalars, steps: np.ndarray, x: str) -> np.ndarray:
+    if x == "step":
+        return steps
+    if x != "tokens":
+        raise ValueError(f"x is step or tokens, not {x!r}")
+    if "time/token" not in scalars:
+        raise ValueError(f"run {run!r} has no time/token metric, its data loader counts no tokens: use --x step")
+    return np.interp(steps, *scalars["time/token"])
+
+
+def _moving_average(values: np.ndarray, points: int) -> np.ndarray:
+    """Mean of the last `points` values, of fewer at the start, without those that are not finite."""
+    finite = np.isfinite(values)
+    total = np.convolve(np.where(finite, values, 0), np.ones(points))[: len(values)]
+    count = np.convolve(finite, np.ones(points))[: len(values)]
+    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0.5)
+
+
+def _symbol(role: str) -> str:
+    return f"$W_{{{role[2:]}}}$" if role in ROLES.values() else role
+
+
+def _line_style(curve: Curve, spec: Spec, deepest: int) -> dict[str, Any]:
+    if curve.virtual:
+        return {"linestyle": "--" if curve.role == "W_u" else "-", "linewidth": 0.7}
+    if spec.roles and curve.role:
+        # Where both coincide, as they should under WeSaR, the narrow dashes stay visible on the pale broad line.
+        return {"linestyle": "--", "zorder": 3} if curve.role == "W_u" else {"linewidth": 2.2, "alpha": 0.6}
+    if spec.panels == "role" and curve.block is not None:
+        return {"alpha": 0.25 + 0.75 * (curve.block + 1) / (deepest + 1)}
+    return {}
+
+
+def _layout(spec: Spec, panels: Sequence[str]) -> tuple[Figure, dict[str, Axes]]:
+    columns = 1 if spec.panels == "family" else min(len(panels), 4 if len(panels) > 6 else 3)
+    rows = math.ceil(len(panels) / columns)
+    size = (7.2, 2.6 * rows + 0.4) if spec.panels == "family" else (2.5 * columns + 1.0, 2.0 * rows + 0.5)
+    picture = Figure(figsize=size, layout="constrained")
+    grid = picture.subplots(rows, columns, sharex=True, sharey=spec.panels == "run", squeeze=False)
+    for unused in grid.flat[len(panels) :]:
+        unused.remove()
+    axes = dict(zip(panels, grid.flat, strict=False))
+    for position, (panel, axis) in enumerate(axes.items()):
+        quantity = panel if spec.panels == "family" else spec.families[0]
+        if quantity not in ("loss", "gate"):
+            # A step without an update has a ratio of 0, which has no place on a logarithmic axis: leave a gap.
+            axis.set_yscale("log", nonpositive="mask")
+        if quantity == "weight_norm":
+            for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                ticks(LogFormatter(minor_thresholds=(2, 0.5)))
+        if spec.panels != "family":
+            axis.set_title(_symbol(panel), fontsize="medium")
+        axis.tick_params(labelbottom=position + columns >= len(panels))
+    return picture, axes
+
+
+def _label_axes(picture: Figure, axes: dict[str, Axes], spec: Spec, curves: Sequence[Curve], x: str) -> None:
+    blocks = {curve.block for curve in curves if curve.block is not None}
+    where = f", block {min(blocks)}" if len(blocks) == 1 else "" if spec.panels == "role" else ", last block"
+    if x == "tokens":
+        most = max(axis.get_xlim()[1] for axis in axes.values())
+        unit, x = (1e9, "tokens (billions)") if most >= 1e9 else (1e6, "tokens (millions)")
+        for axis in axes.values():
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value / unit:g}")
+    if spec.panels == "family":
+        for family, axis in axes.items():
+            axis.set_ylabel(_QUANTITIES[family] + (where if family != "loss" else ""))
+        axes[spec.families[-1]].set_xlabel(x)
+        picture.align_ylabels()
+    else:
+        picture.supylabel(_QUANTITIES[spec.families[0]] + where, fontsize="medium")
+        picture.supxlabel(x, fontsize="medium")
+
+
+def _label_ends(axis: Axes, lines: Sequence[tuple[str, Line2D]], gap: float) -> None:
+    """Writes a name beside each line's last point, moved up or down to be `gap` (of the axis) apart."""
+    low, high = axis.get_ylim()
+    ends = []
+    for name, line in lines:
+        values = np.asarray(line.get_ydata(), dtype=float)
+        inside = values[(values >= low) & (values <= high)]
+        if len(inside):
+            height = (axis.transScale + axis.transLimits).transform((1.0, inside[-1]))[1]
+            ends.append((height, name, line.get_color()))
+    ends.sort(key=lambda end: end[0])
+    gap = min(gap, 1 / max(len(ends), 1))
+    heights = [end[0] for end in ends]
+    for index in range(1, len(heights)):
+        heights[index] = max(heights[index], heights[index - 1] + gap)
+    for index in reversed(range(len(heights))):
+        heights[index] = min(heights[index], 1 - gap * (len(heights) - 1 - index))
+    for height, (_, name, colour) in zip(heights, ends, strict=True):
+        axis.annotate(name, (1.01, height), xycoords="axes fraction", color=colour, va="center", annotation_clip=False)
+
+
+def _explain_roles(axis: Axes, spec: Spec, curves: Sequence[Curve]) -> None:
+    styles = {_symbol(role): Curve("", "", "", role) for role in spec.roles}
+    if any(curve.virtual for curve in curves):
+        styles[r"thin: virtual, $\alpha W$"] = Curve("", "virtual_", "")
+    handles = [
+        Line2D([], [], color="#555555", label=label, **_line_style(curve, spec, 0)) for label, curve in styles.items()
+    ]
+    axis.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(handles), borderpad=0)
+
+
+def draw(
+    figure: str, runs: Mapping[str, Scalars], layer: int | None = None, smooth: int = 1, x: str = "step"
+) -> Figure:
+    """Draws one of the paper's figures.
+
+    Figures 1 to 3 give each run a colour, W_d a solid line and W_u a dashed one; 8 and 9 give each run a panel and each
+    role a colour; `gates` gives each role a panel and each run a colour, pale for the first block, full for the last.
+
+    Args:
+        figure: A name in `FIGURES`.
+        runs: Name → metrics, as from `load_runs`.
+        layer: Index of the block, from 0; None takes the last one of each run, for `gates` all of them.
+        smooth: Draws the mean of the last `smooth` logged points, and the points themselves faintly behind it.
+        x: `step` or `tokens`.
+
+    Returns:
+        The figure. Each curve has the label `<run> <metric>`.
+
+    Raises:
+        ValueError: As in `select`; `smooth` below 1, another `x`, or a run without token counts.
+    """
+    if smooth < 1:
+        raise ValueError(f"smooth is a number of points from 1, not {smooth}")
+    curves = select(figure, runs, layer)
+    spec = FIGURES[figure]
+    roles = sorted({curve.role for curve in curves}, key=rank)
+    panels = {"family": spec.families, "run": list(runs), "role": roles}[spec.panels]
+    hues = roles if spec.panels == "run" else list(runs)
+    many = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(hues)))
+    colours = dict(zip(hues, _COLOURS if len(hues) <= len(_COLOURS) else many, strict=False))
+    deepest = max(curve.block or 0 for curve in curves)
+    with matplotlib.rc_context(_STYLE):
+        picture, axes = _layout(spec, panels)
+        named = defaultdict(list)
+        for curve in curves:
+            panel, hue = getattr(curve, spec.panels), curve.role if spec.panels == "run" else curve.run
+            steps, values = runs[curve.run][curve.metric]
+            xs = _x_values(curve.run, runs[curve.run], steps, x)
+            style = _line_style(curve, spec, deepest)
+            if smooth > 1:
+                axes[panel].plot(xs, values, color=colours[hue], alpha=0.3, linewidth=0.7)
+                values = _moving_average(values, smooth)
+            if len(steps) == 1:
+                style["marker"] = "."
+            (line,) = axes[panel].plot(xs, values, color=colours[hue], label=f"{curve.run} {curve.metric}", **style)
+            first = spec.panels == "family" and panel == panels[0]
+            if spec.panels == "run" or (first and curve.role != "W_u" and not curve.virtual):
+                named[panel].append((_symbol(hue), line))
+        _label_axes(picture, axes, spec, curves, x)
+        if spec.roles:
+            _explain_roles(axes[panels[-1]], spec, curves)
+        if spec.panels == "role":
+            handles = [Line2D([], [], color=colours[run], label=run) for run in runs]
+            title = "pale: first block\nfull: last block" if deepest and layer is None else None
+            picture.legend(handles=handles, loc="outside right upper", title=title, alignment="left")
+        picture.draw_without_rendering()
+        for panel, lines in named.items():
+            # A line of text is 0.16 inches high.
+            _label_ends(axes[panel], lines, 0.16 * picture.dpi / axes[panel].bbox.height)
+    return picture
+
+
+def shown(figure: str, runs: Mapping[str, Scalars], layer: int | None = None, x: str = "step") -> dict[str, Scalars]:
+    """The part of the metrics that `draw` needs for a figure; over tokens, `time/token` at the steps that it shows.
+
+    Raises:
+        ValueError: As in `draw`.
+    """
+    part: dict[str, Scalars] = {run: {} for run in runs}
+    for curve in select(figure, runs, layer):
+        part[curve.run][curve.metric] = runs[curve.run][curve.metric]
+    if x == "tokens":
+        for run, scalars in part.items():
+            steps = np.unique(np.concatenate([steps for steps, _ in scalars.values()]))
+            scalars["time/token"] = steps, _x_values(run, runs[run], steps, x).astype(np.float32)
+    return part
+
+
+def plot(
+    paths: Sequence[str | Path],
+    out: str | Path,
+    figure: str = "1",
+    layer: int | None = None,
+    labels: Sequence[str] = (),
+    smooth: int = 1,
+    x: str = "step",
+    csv: str | Path | None = None,
+) -> dict[str, Scalars]:
+    """Reads runs and writes the picture of a figure.
+
+    Args:
+        paths: TensorBoard folders and CSV files, as for `load_runs`.
+        out: The picture: `.png`, `.svg` or `.pdf`. It takes the place of an older one only when it is complete.
+        figure: As in `draw`.
+        layer: As in `draw`.
+        labels: Names of the runs, as for `load_runs`.
+        smooth: As in `draw`.
+        x: As in `draw`.
+        csv: A file for the logged values of the curves that the picture shows; it serves as one of `paths`.
+
+    Returns:
+        Name → all metrics.
+
+    Raises:
+        FileNotFoundError: As in `load_runs`.
+        ValueError: As in `load_runs` and `draw`, or another suffix of `out` or `csv`.
+    """
+    if Path(out).suffix not in _SUFFIXES:
+        raise ValueError(f"{out}: a picture is a file of type {', '.join(_SUFFIXES)}")
+    if csv is not None and Path(csv).suffix != ".csv":
+        raise ValueError(f"{csv}: the curves' values go into a .csv file")
+    runs = load_runs(paths, labels)
+    picture = draw(figure, runs, layer, smooth, x)
+    if csv is not None:
+        write_csv(csv, shown(figure, runs, layer, x))
+    with replacing(out) as partial:
+        picture.savefig(partial, dpi=200)
+    return runs
+
+
+def table(runs: Mapping[str, Scalars]) -> str:
+    """A Markdown table of each run's final loss, the mean of the last 10 logged, and `median_update_ratio_quotient`.
+
+    Raises:
+        ValueError: A run has no loss or no update ratios of W_d and W_u.
+    """
+    title, width = "median ‖ΔW_d‖/‖W_d‖ ÷ ‖ΔW_u‖/‖W_u‖", max(map(len, ["run", *runs]))
+    lines = [f"| {'run':{width}} | final loss | {title} |", f"|{'-' * (width + 2)}|-----------:|{'-' * len(title)}-:|"]
+    for curve in select("1", runs):
+        if curve.family == "loss":
+            _, losses = runs[curve.run][curve.metric]
+            quotient = median_update_ratio_quotient(runs[curve.run])
+            lines.append(
+                f"| {curve.run:{width}} | {losses[-10:].mean(dtype=float):10.3f} | {quotient:{len(title)}.2f} |"
+            )
+    return "\n".join(lines)

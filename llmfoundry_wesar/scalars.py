@@ -1,0 +1,224 @@
+"""What runs logged: metrics from TensorBoard folders and CSV files, and which matrix of which block each is of."""
+
+import csv
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+Scalars = dict[str, tuple[np.ndarray, np.ndarray]]
+"""Metric key → (steps, values): int64, increasing, and float32, which is what TensorBoard keeps."""
+
+# As in `initialization`, whose import takes many seconds.
+ROLES = {
+    "wte": "W_e",
+    "Wqkv": "W_qkv",
+    "Wq": "W_q",
+    "Wk": "W_k",
+    "Wv": "W_v",
+    "out_proj": "W_o",
+    "gate_proj": "W_g",
+    "up_proj": "W_u",
+    "down_proj": "W_d",
+    "lm_head": "W_p",
+}
+
+
+class Curve(NamedTuple):
+    """One metric of one run; the loss has no role and no block, W_e and W_p have no block."""
+
+    run: str
+    metric: str
+    family: str
+    role: str = ""
+    block: int | None = None
+
+    @property
+    def virtual(self) -> bool:
+        """Whether the metric is of αW instead of W."""
+        return self.metric.startswith("virtual_")
+
+
+def _series(points: Iterable[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Sorts points by step; of two at one step the later in `points` wins."""
+    latest = dict(points)
+    steps = sorted(latest)
+    return np.array(steps, dtype=np.int64), np.array([latest[step] for step in steps], dtype=np.float32)
+
+
+def _read_folder(path: Path) -> dict[str, Scalars]:
+    files = sorted(path.rglob("*tfevents*"))
+    if not files:
+        raise FileNotFoundError(
+            f"{path}: no TensorBoard event files in or below this folder; "
+            "name the run's folder, <loggers.tensorboard.log_dir>/<run_name>"
+        )
+    events = defaultdict(lambda: defaultdict(list))
+    for file in files:
+        # With its default size guidance the accumulator keeps a random sample.
+        accumulator = EventAccumulator(str(file), size_guidance={SCALARS: 0}).Reload()
+        for tag in accumulator.Tags()[SCALARS]:
+            # At every evaluation Composer repeats the last losses as hparams/…, in a folder of its own.
+            if not tag.startswith("hparams/"):
+                events[file.parent][tag] += accumulator.Scalars(tag)
+    if not events:
+        raise ValueError(f"{path}: no metrics in its {len(files)} TensorBoard event files")
+    return {
+        folder.resolve().name if len(events) == 1 else folder.relative_to(path).as_posix(): {
+            # By time, because file names do not sort by it within a second.
+            tag: _series((event.step, event.value) for event in sorted(found, key=lambda event: event.wall_time))
+            for tag, found in tags.items()
+        }
+        for folder, tags in events.items()
+    }
+
+
+def _read_csv(path: Path) -> dict[str, Scalars]:
+    points = defaultdict(lambda: defaultdict(list))
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.reader(file)
+        if next(rows, None) != ["run", "metric", "step", "value"]:
+            raise ValueError(f"{path}: the first line must be run,metric,step,value")
+        for row in rows:
+            try:
+                run, metric, step, value = row
+                points[run][metric].append((int(step), float(value)))
+            except ValueError:
+                raise ValueError(f"{path}, line {rows.line_num}: {row} is not run,metric,step,value") from None
+    if not points:
+        raise ValueError(f"{path}: no rows below the header")
+    return {run: {key: _series(found) for key, found in metrics.items()} for run, metrics in points.items()}
+
+
+def read_runs(path: str | Path) -> dict[str, Scalars]:
+    """Reads every run in a TensorBoard folder, or in a CSV file of `write_csv`.
+
+    Composer's `TensorboardLogger` opens a new event file in `<log_dir>/<run_name>` after each flush, so all files of
+    one folder are one run. A run resumed from a checkpoint logs some steps again: the later write wins. (So a run that
+    starts afresh in a folder with event files looks like a resumed one.)
+
+    Args:
+        path: A run's folder, one above it (such as `log_dir`, with all runs in it), or a `.csv` file.
+
+    Returns:
+        Name → metrics. A run in a folder is called after the folder of its event files; of several, each is called
+        by its path below `path`.
+
+    Raises:
+        FileNotFoundError: Nothing is at `path`, or the folder has no event files.
+        ValueError: There are no metrics at `path`, or it is another kind of file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such folder or file")
+    if path.suffix != ".csv":
+        raise ValueError(f"{path}: neither a TensorBoard folder nor a .csv file")
+    return _read_csv(path)
+
+
+def read_scalars(run: str | Path) -> Scalars:
+    """Reads the metrics of the one run at a path; see `read_runs`.
+
+    Raises:
+        FileNotFoundError: As in `read_runs`.
+        ValueError: As in `read_runs`, or there are several runs.
+    """
+    runs = read_runs(run)
+    if len(runs) > 1:
+        raise ValueError(f"{run}: holds several runs, name one of {', '.join(runs)}")
+    return next(iter(runs.values()))
+
+
+def load_runs(paths: Sequence[str | Path], labels: Sequence[str] = ()) -> dict[str, Scalars]:
+    """Reads the runs at all paths, in their order, under `labels` or else their own names; see `read_runs`.
+
+    Raises:
+        FileNotFoundError: As in `read_runs`.
+        ValueError: As in `read_runs`; there is not one label for each run, or two runs have the same name.
+    """
+    found = [run for path in paths for run in read_runs(path).items()]
+    names = list(labels) or [name for name, _ in found]
+    if len(names) != len(found):
+        raise ValueError(f"{len(names)} labels for {len(found)} runs: {', '.join(name for name, _ in found)}")
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{len(repeated)} runs are called {repeated[0]!r}: give every run its own --label")
+    return {name: scalars for name, (_, scalars) in zip(names, found, strict=True)}
+
+
+def rank(role: str) -> tuple[int, str]:
+    """Sorts roles as in `ROLES`, others by name behind them."""
+    symbols = list(ROLES.values())
+    return (symbols.index(role) if role in symbols else len(symbols), role)
+
+
+def find_curves(run: str, scalars: Scalars, prefix: str) -> list[Curve]:
+    """The curves of all metrics `<prefix>/<module>`, by role, then by block; one curve for the loss."""
+    if prefix == "loss":
+        metrics = [key for key in ("loss/train/loss", "loss/train/total") if key in scalars]
+        return [Curve(run, metric, "loss") for metric in metrics[:1]]
+    curves = []
+    for metric in scalars:
+        # A vector gate is logged as gate/<module>/mean, /min and /max.
+        first, module, statistic = [*metric.split("/"), "", ""][:3]
+        if first == prefix and statistic in ("", "mean"):
+            name = module.rpartition(".")[2]
+            block = re.search(r"\.blocks\.(\d+)\.", module)
+            family = prefix.removeprefix("virtual_")
+            curves.append(Curve(run, metric, family, ROLES.get(name, name), int(block[1]) if block else None))
+    return sorted(curves, key=lambda curve: (rank(curve.role), curve.block or 0))
+
+
+def write_csv(path: str | Path, runs: Mapping[str, Scalars]) -> None:
+    """Writes rows run,metric,step,value, with as many digits as float32 needs: `read_runs` gives back the same."""
+    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["run", "metric", "step", "value"])
+        for run, scalars in runs.items():
+            for metric, (steps, values) in scalars.items():
+                writer.writerows((run, metric, step, str(value)) for step, value in zip(steps, values, strict=True))
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A file to write that takes the place of `path` once it is complete."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def median_update_ratio_quotient(scalars: Scalars) -> float:
+    """The median over steps and blocks of (‖ΔW_d‖/‖W_d‖) / (‖ΔW_u‖/‖W_u‖).
+
+    It is 1 where both matrices move at the same relative pace, as WeSaR intends (section 4.1 of the paper). Steps at
+    which either ratio is 0 or not finite, such as skipped ones, are left out.
+
+    Raises:
+        ValueError: No block has update ratios of both matrices.
+    """
+    metrics = {(curve.role, curve.block): curve.metric for curve in find_curves("", scalars, "update_ratio")}
+    quotients = []
+    for role, block in metrics:
+        if role == "W_d" and ("W_u", block) in metrics:
+            steps_d, ratios_d = scalars[metrics["W_d", block]]
+            steps_u, ratios_u = scalars[metrics["W_u", block]]
+            _, at_d, at_u = np.intersect1d(steps_d, steps_u, assume_unique=True, return_indices=True)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                quotients += list(ratios_d[at_d].astype(float) / ratios_u[at_u])
+    usable = [quotient for quotient in quotients if 0 < quotient < math.inf]
+    if not usable:
+        raise ValueError("no update ratios of W_d and W_u in one block: train with callbacks.update_ratio_monitor")
+    return float(np.median(usable))

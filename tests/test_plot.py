@@ -1,0 +1,331 @@
+import xml.etree.ElementTree as ElementTree
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from typer.testing import CliRunner
+
+from llmfoundry_wesar.cli import app
+from llmfoundry_wesar.plot import FIGURES, draw, plot, shown, table
+from llmfoundry_wesar.scalars import Scalars, load_runs, write_csv
+from tests.logged_runs import MATRICES, TOKENS_PER_STEP, pretraining, record
+
+Logged = dict[str, dict[str, dict[int, float]]]
+BLOCK = "model.transformer.blocks"
+
+
+@pytest.fixture(scope="module")
+def log_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tensorboard")
+
+
+@pytest.fixture(scope="module")
+def logged(log_dir: Path) -> Logged:
+    """A plain and a gated run, of different depth and length, each in several event files."""
+    return {
+        "small_init": record(log_dir, "small_init", pretraining(gated=False), flush_interval=4),
+        "wesar": record(log_dir, "wesar", pretraining(gated=True, blocks=5, steps=17, glu=True), flush_interval=4),
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(log_dir: Path, logged: Logged) -> dict[str, Scalars]:
+    return load_runs([log_dir / name for name in logged])
+
+
+def lines(figure: Figure) -> dict[str, Line2D]:
+    """The curves by label; what is drawn behind a smoothed curve has none."""
+    return {str(line.get_label()): line for axis in figure.axes for line in axis.lines if line.get_label()[0] != "_"}
+
+
+def axis_of(figure: Figure, label: str) -> Axes:
+    return lines(figure)[label].axes
+
+
+def expected_metrics(figure: str) -> dict[str, list[str]]:
+    """The metrics that a figure shows, written out; the last block is 2 in the plain run and 4 in the gated one."""
+    small, wesar = f"{BLOCK}.2", f"{BLOCK}.4"
+    both = ("ffn.down_proj", "ffn.up_proj")
+    gated = (*MATRICES, "ffn.gate_proj")
+    return {
+        "1": {
+            "small_init": ["loss/train/total", *(f"update_ratio/{small}.{name}" for name in both)],
+            "wesar": ["loss/train/loss", *(f"update_ratio/{wesar}.{name}" for name in both)],
+        },
+        "2": {"small_init": ["loss/train/total"], "wesar": ["loss/train/loss"]},
+        "3": {
+            "small_init": [f"weight_norm/{small}.{name}" for name in both],
+            "wesar": [f"{prefix}weight_norm/{wesar}.{name}" for prefix in ("", "virtual_") for name in both],
+        },
+        "8": {
+            "small_init": [f"grad_norm/{small}.{name}" for name in MATRICES],
+            "wesar": [f"grad_norm/{wesar}.{name}" for name in gated],
+        },
+        "9": {
+            "small_init": [f"update_ratio/{small}.{name}" for name in MATRICES],
+            "wesar": [f"update_ratio/{wesar}.{name}" for name in gated],
+        },
+        "gates": {
+            "wesar": [
+                "gate/model.transformer.wte",
+                "gate/model.lm_head",
+                *(f"gate/{BLOCK}.{block}.{name}" for block in range(5) for name in gated),
+            ]
+        },
+    }[figure]
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_each_figure_draws_exactly_what_was_logged(figure: str, runs: dict[str, Scalars], logged: Logged):
+    """All curves that belong to it and no other, at the logged values, which TensorBoard rounds to float32."""
+    expected = expected_metrics(figure)
+    drawn = lines(draw(figure, {run: runs[run] for run in expected}))
+    assert drawn.keys() == {f"{run} {metric}" for run, metrics in expected.items() for metric in metrics}
+    for run, metrics in expected.items():
+        for metric in metrics:
+            points = [(step, np.float32(value)) for step, value in logged[run][metric].items()]
+            np.testing.assert_array_equal(drawn[f"{run} {metric}"].get_xydata(), points)
+
+
+def test_figure_1_has_a_colour_for_each_run_and_dashes_for_w_u(runs: dict[str, Scalars]):
+    figure = draw("1", runs)
+    loss, ratios = figure.axes
+    assert (loss.get_yscale(), ratios.get_yscale()) == ("linear", "log")
+    assert loss.get_position().y0 > ratios.get_position().y1, "the loss is on top"
+    drawn = lines(figure)
+    colours = {run: {line.get_color() for label, line in drawn.items() if label.startswith(run)} for run in runs}
+    assert all(len(found) == 1 for found in colours.values()) and colours["small_init"] != colours["wesar"]
+    for label, line in drawn.items():
+        assert line.get_linestyle() == ("--" if label.endswith("up_proj") else "-")
+        assert line.axes is (loss if "loss" in label else ratios)
+    names = {text.get_text(): text.get_color() for text in loss.texts}
+    assert {run: {colour} for run, colour in names.items()} == colours
+
+
+def test_figures_8_and_9_have_a_panel_for_each_run_and_the_same_scale(runs: dict[str, Scalars]):
+    for name in ("8", "9"):
+        figure = draw(name, runs)
+        assert [axis.get_title() for axis in figure.axes] == list(runs)
+        assert {axis.get_yscale() for axis in figure.axes} == {"log"}
+        assert len({axis.get_ylim() for axis in figure.axes}) == 1
+        for axis in figure.axes:
+            curves = [line for line in axis.lines if line.get_label()[0] != "_"]
+            assert {str(line.get_label()).split()[0] for line in curves} == {axis.get_title()}
+            # Each role is named in the colour of its curve, and the colour is the same in both panels.
+            named = {text.get_text(): text.get_color() for text in axis.texts}
+            assert named["$W_{d}$"] == lines(figure)[str(curves[-1].get_label())].get_color()
+            assert len(set(named.values())) == len(curves) == len(named)
+        shared = [{text.get_text(): text.get_color() for text in axis.texts} for axis in figure.axes]
+        assert shared[0].items() <= shared[1].items()
+
+
+def test_gates_have_a_panel_for_each_role_and_darken_with_depth(runs: dict[str, Scalars]):
+    figure = draw("gates", {"wesar": runs["wesar"]})
+    assert [axis.get_title() for axis in figure.axes] == [
+        f"$W_{{{role}}}$" for role in ("e", "q", "k", "v", "o", "g", "u", "d", "p")
+    ]
+    assert not any(axis.texts for axis in figure.axes)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["wesar"]
+    drawn = lines(figure)
+    opacity = [drawn[f"wesar gate/{BLOCK}.{block}.ffn.down_proj"].get_alpha() for block in range(5)]
+    assert opacity == sorted(set(opacity)) and opacity[-1] == 1
+
+
+def test_virtual_norms_are_thin(runs: dict[str, Scalars]):
+    drawn = lines(draw("3", runs))
+    for name in ("up_proj", "down_proj"):
+        actual, virtual = (drawn[f"wesar {p}weight_norm/{BLOCK}.4.ffn.{name}"] for p in ("", "virtual_"))
+        assert virtual.get_linewidth() < actual.get_linewidth()
+        assert (virtual.get_color(), virtual.get_linestyle()) == (actual.get_color(), actual.get_linestyle())
+
+
+@pytest.mark.parametrize("figure", ["1", "3", "8", "9", "gates"])
+def test_layer_is_the_index_in_the_metric_key(figure: str, runs: dict[str, Scalars]):
+    drawn = lines(draw(figure, {"wesar": runs["wesar"]}, layer=1))
+    assert drawn and all(f"{BLOCK}.1." in label for label in drawn if "loss" not in label)
+
+
+def test_tokens_are_those_logged_at_the_steps(runs: dict[str, Scalars]):
+    for label, line in lines(draw("1", runs, x="tokens")).items():
+        run, metric = label.split()
+        np.testing.assert_array_equal(line.get_xdata(), runs[run][metric][0] * TOKENS_PER_STEP)
+
+
+def test_tokens_between_two_logged_counts_are_interpolated(tmp_path: Path):
+    """An update ratio stands at the number of steps done, at which a run that logs seldom has no token count."""
+    metrics = {0: {"time/token": 0.0}, 1: {"loss/train/total": 3.0}, 4: {"time/token": 400.0}}
+    record(tmp_path, "run", metrics)
+    (line,) = lines(draw("2", load_runs([tmp_path]), x="tokens")).values()
+    assert line.get_xdata().tolist() == [100]
+
+
+def test_smoothing_is_a_trailing_mean_before_the_points_themselves(tmp_path: Path):
+    values = [6.0, 3.0, float("nan"), 5.0, 1.0]
+    record(tmp_path, "run", {step: {"loss/train/total": value} for step, value in enumerate(values)})
+    (axis,) = draw("2", load_runs([tmp_path]), smooth=3).axes
+    points, mean = axis.lines
+    np.testing.assert_array_equal(points.get_ydata(), values)
+    # By hand, without the NaN: 6/1, 9/2, 9/2, 8/2, 6/2; all exact in binary.
+    assert mean.get_ydata().tolist() == [6, 4.5, 4.5, 4, 3]
+    assert points.get_alpha() < 0.5 and mean.get_label() == "run loss/train/total"
+
+
+@pytest.mark.parametrize("x", ["step", "tokens"])
+@pytest.mark.parametrize("figure", FIGURES)
+def test_csv_of_a_figure_draws_it_again(figure: str, x: str, tmp_path: Path, runs: dict[str, Scalars]):
+    runs = {run: runs[run] for run in expected_metrics(figure)}
+    before = draw(figure, runs, x=x)
+    write_csv(tmp_path / "curves.csv", shown(figure, runs, x=x))
+    again = load_runs([tmp_path / "curves.csv"])
+    after = draw(figure, again, x=x)
+    assert lines(before).keys() == lines(after).keys()
+    for label, line in lines(before).items():
+        np.testing.assert_array_equal(lines(after)[label].get_xydata(), line.get_xydata())
+        assert lines(after)[label].get_color() == line.get_color()
+    keys = {f"{run} {metric}" for run, scalars in again.items() for metric in scalars}
+    assert keys - {f"{run} time/token" for run in runs} == lines(before).keys(), "nothing but what the figure shows"
+
+
+@pytest.mark.parametrize("count", [8, 13])
+def test_many_runs_stay_apart(count: int, tmp_path: Path):
+    """Runs that end at the same loss have different colours, and names that do not overlap."""
+    for index in range(count):
+        record(tmp_path, f"run{index}", {0: {"loss/train/total": 9.0}, 1: {"loss/train/total": 3.0 + index / 1e4}})
+    figure = draw("2", load_runs([tmp_path]))
+    assert len({tuple(np.atleast_1d(line.get_color())) for line in lines(figure).values()}) == count
+    figure.draw_without_rendering()
+    (axis,) = figure.axes
+    boxes = sorted((text.get_window_extent() for text in axis.texts), key=lambda box: box.y0)
+    assert len(boxes) == count
+    # The boxes have the descender's height to spare: a quarter of a line.
+    assert all(above.y0 > below.y1 - 0.25 * below.height for below, above in pairwise(boxes))
+    assert boxes[0].x0 >= axis.bbox.x1 and boxes[-1].y1 < figure.bbox.y1
+
+
+def test_values_that_have_no_place_on_the_axis_leave_gaps(tmp_path: Path):
+    """A skipped step has ratio 0, a zero matrix inf, a diverged run NaN: the others set the limits."""
+    ratios = [1e-3, 0.0, float("inf"), float("nan"), 4e-3]
+    metrics = {
+        step: {
+            "loss/train/total": float("nan") if step == 3 else 5.0 - step,
+            f"update_ratio/{BLOCK}.0.ffn.up_proj": ratio,
+            f"update_ratio/{BLOCK}.0.ffn.down_proj": 2 * ratio,
+        }
+        for step, ratio in enumerate(ratios)
+    }
+    record(tmp_path, "run", metrics)
+    plot([tmp_path], tmp_path / "figure.png")
+    loss, update_ratios = draw("1", load_runs([tmp_path])).axes
+    low, high = update_ratios.get_ylim()
+    assert 3e-4 < low < 1e-3 and 8e-3 < high < 3e-2
+    assert not np.isfinite(update_ratios.transScale.transform((0, 0.0))[1]), "0 is drawn somewhere"
+    assert [text.get_text() for text in loss.texts] == ["run"]
+
+
+def test_a_run_without_any_number_has_no_name_in_the_picture(tmp_path: Path):
+    for name, loss in (("diverged", float("nan")), ("trained", 3.0)):
+        record(tmp_path, name, {step: {"loss/train/total": loss} for step in range(2)})
+    (axis,) = draw("2", load_runs([tmp_path])).axes
+    assert [text.get_text() for text in axis.texts] == ["trained"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"figure": "12"}, r"unknown figure '12', known are: 1 \(loss; .*; 9 \(.*10 to 12\); gates \(all gates\)"),
+        (
+            {"figure": "gates"},
+            "run 'small_init' has no gate metrics, which figure gates shows: .*callbacks.gate_monitor",
+        ),
+        ({"figure": "9", "layer": 3}, "run 'small_init' has no update_ratio metrics of block 3: .* logged are 0, 1, 2"),
+        ({"figure": "1", "layer": -1}, "no update_ratio metrics of block -1: --layer counts from 0"),
+        ({"figure": "2", "layer": 0}, "figure 2 shows nothing but the loss: leave out --layer"),
+        ({"figure": "2", "x": "epoch"}, "x is step or tokens, not 'epoch'"),
+        ({"figure": "2", "smooth": 0}, "from 1, not 0"),
+    ],
+)
+def test_wrong_requests_are_refused(arguments: dict, message: str, runs: dict[str, Scalars]):
+    with pytest.raises(ValueError, match=message):
+        draw(runs=runs, **arguments)
+
+
+def test_a_run_without_the_metrics_is_told_what_logs_them(runs: dict[str, Scalars]):
+    def without(part: str) -> dict[str, Scalars]:
+        return {"run": {metric: series for metric, series in runs["wesar"].items() if part not in metric}}
+
+    monitor = "callbacks.update_ratio_monitor"
+    for figure, part, message in (
+        ("1", "update_ratio", f"no update_ratio metrics of W_d and W_u, .* {monitor} in the YAML"),
+        ("1", "down_proj", f"no update_ratio metrics of W_d, .* {monitor} in the YAML"),
+        ("2", "loss/", "no loss metrics, .* loggers.tensorboard"),
+        ("3", "weight_norm", f"no weight_norm metrics of W_d and W_u, .* weight_norm in {monitor}.metrics"),
+        ("8", "grad_norm", f"no grad_norm metrics, .* grad_norm in {monitor}.metrics"),
+    ):
+        with pytest.raises(ValueError, match=f"run 'run' has {message}"):
+            draw(figure, without(part))
+    with pytest.raises(ValueError, match=r"run 'run' has no time/token metric.*: use --x step"):
+        draw("2", without("time/token"), x="tokens")
+    assert len(lines(draw("3", without("virtual_")))) == 2, "virtual norms are drawn only where logged"
+
+
+def test_pictures_are_of_the_type_of_their_suffix_and_old_ones_outlive_errors(
+    log_dir: Path, logged: Logged, tmp_path: Path
+):
+    for suffix, start in ((".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")):
+        out = tmp_path / "pictures" / f"figure{suffix}"
+        plot([log_dir], out)
+        old = out.read_bytes()
+        assert old.startswith(start)
+        with pytest.raises(ValueError, match="unknown figure"):
+            plot([log_dir], out, figure="4")
+        assert out.read_bytes() == old
+    assert len(list((tmp_path / "pictures").iterdir())) == 3
+    ElementTree.parse(tmp_path / "pictures" / "figure.svg")
+    with pytest.raises(ValueError, match=r"figure\.jpg: a picture is a file of type \.pdf, \.png, \.svg"):
+        plot([log_dir], tmp_path / "figure.jpg")
+    with pytest.raises(ValueError, match=r"curves\.txt: .* \.csv file"):
+        plot([log_dir], tmp_path / "figure.png", csv=tmp_path / "curves.txt")
+
+
+def test_command_passes_its_options_on(log_dir: Path, logged: Logged, tmp_path: Path):
+    paths = [str(log_dir / name) for name in logged]
+    options = ["--layer", "0", "--label", "Small init", "--label", "WeSaR", "--smooth", "2", "--x", "tokens"]
+    csv, command, library = (tmp_path / name for name in ("curves.csv", "command.png", "library.png"))
+    result = CliRunner().invoke(
+        app, ["plot", *paths, "--out", str(command), "--figure", "9", *options, "--csv", str(csv)]
+    )
+    assert result.exit_code == 0, result.output
+    plot(paths, library, "9", 0, ["Small init", "WeSaR"], 2, "tokens")
+    assert command.read_bytes() == library.read_bytes()
+    plot([csv], tmp_path / "again.png", "9", 0, smooth=2, x="tokens")
+    assert command.read_bytes() == (tmp_path / "again.png").read_bytes()
+
+
+def test_table_has_the_last_ten_losses_and_the_quotient(log_dir: Path, logged: Logged, tmp_path: Path):
+    """In these logs W_d's ratio is (1 + block/7 + 5/61), under small_init 4 times that, W_u's (1 + block/7 + 4/61)."""
+    command = ["plot", str(log_dir), "--out", str(tmp_path / "figure.png"), "--table"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    _, _, small, wesar = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in result.output.strip().splitlines()
+    )
+    for row, run, metric, quotient in (
+        (small, "small_init", "loss/train/total", 4 * (8 / 7 + 5 / 61) / (8 / 7 + 4 / 61)),
+        (wesar, "wesar", "loss/train/loss", (9 / 7 + 5 / 61) / (9 / 7 + 4 / 61)),
+    ):
+        final = np.mean(list(logged[run][metric].values())[-10:])
+        assert row == [run, f"{final:.3f}", f"{quotient:.2f}"]
+    without = {"run": {"loss/train/total": (np.array([0]), np.float32([1]))}}
+    with pytest.raises(ValueError, match="run 'run' has no update_ratio metrics of W_d and W_u"):
+        table(without)
+
+
+def test_command_says_errors_in_one_line(tmp_path: Path):
+    result = CliRunner().invoke(app, ["plot", str(tmp_path), "--out", str(tmp_path / "figure.png")])
+    assert result.exit_code == 1
+    (line,) = result.output.splitlines()
+    assert str(tmp_path) in line and "no TensorBoard event files" in line
