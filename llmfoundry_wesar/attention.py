@@ -1,0 +1,152 @@
+"""Causal self-attention without the S×S matrix, on `torch.nn.functional.scaled_dot_product_attention`.
+
+Shapes: B sequences, S tokens, H query heads, G key and value heads (G divides H), D width of a head.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from llmfoundry.models.layers.attention import (
+    GroupedQueryAttention,
+    repeat_kv_for_gqa,
+    scaled_multihead_dot_product_attention,
+)
+from torch import Tensor
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+def flash_or_stock_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    n_heads: int,
+    kv_n_heads: int,
+    past_key_value: KeyValue | tuple[()] | None = None,
+    softmax_scale: float | None = None,
+    attn_bias: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    needs_weights: bool = False,
+    attn_logit_softcapping: float | None = None,
+    sliding_window_size: int = -1,
+) -> tuple[Tensor, Tensor | None, KeyValue | None]:
+    """Foundry's `torch` attention function, computed by a fused kernel wherever one computes the same thing.
+
+    Each call decides by its own arguments. A mask, a bias (ALiBi, sequence ids), a filled cache, soft-capping, a window
+    or a request for the weights goes to the stock function, which takes the same arguments.
+
+    Args:
+        query: (B, S, H·D).
+        key: (B, S, G·D).
+        value: (B, S, G·D).
+        n_heads: H.
+        kv_n_heads: G.
+        past_key_value: Keys (B, G, D, S) and values (B, G, S, D) of earlier tokens; `()` asks for this call's.
+        softmax_scale: Factor on the scores; 1/√D if None.
+        attn_bias: Added to the scores.
+        key_padding_mask: (B, S), False for padding.
+        is_causal: Whether a token sees no later ones.
+        dropout_p: Probability of dropping a weight, in training. On CPU no kernel drops without the S×S matrix.
+        training: Whether to drop.
+        needs_weights: Whether to return the weights.
+        attn_logit_softcapping: Bound on the scores.
+        sliding_window_size: Tokens to either side that a token sees; -1 for all.
+
+    Returns:
+        The output (B, S, H·D), the weights if asked for, and keys and values unless `past_key_value` is None.
+    """
+    fused = (
+        not past_key_value
+        and attn_bias is None
+        and key_padding_mask is None
+        and not needs_weights
+        and attn_logit_softcapping is None
+        and sliding_window_size == -1
+        # The kernels align a causal mask with the first key, foundry with the last.
+        and query.size(1) == key.size(1)
+    )
+    if not fused:
+        return scaled_multihead_dot_product_attention(
+            query,
+            key,
+            value,
+            n_heads,
+            kv_n_heads,
+            past_key_value=past_key_value,  # type: ignore[arg-type]
+            softmax_scale=softmax_scale,
+            attn_bias=attn_bias,
+            key_padding_mask=key_padding_mask,
+            is_causal=is_causal,
+            dropout_p=dropout_p,
+            training=training,
+            needs_weights=needs_weights,
+            attn_logit_softcapping=attn_logit_softcapping,
+            sliding_window_size=sliding_window_size,
+        )
+    q = query.unflatten(-1, (n_heads, -1))
+    k = key.unflatten(-1, (kv_n_heads, -1))
+    v = value.unflatten(-1, (kv_n_heads, -1))
+    present = None if past_key_value is None else (k.permute(0, 2, 3, 1), v.transpose(1, 2))
+    # `enable_gqa` would repeat the heads too, but not every kernel takes it, and on CPU none that avoids S×S.
+    repeats = n_heads // kv_n_heads
+    output = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        repeat_kv_for_gqa(k, repeats).transpose(1, 2),
+        repeat_kv_for_gqa(v, repeats).transpose(1, 2),
+        dropout_p=dropout_p if training else 0.0,
+        is_causal=is_causal,
+        scale=softmax_scale,
+    )
+    return output.transpose(1, 2).flatten(2), None, present
+
+
+class SDPAttention(GroupedQueryAttention):
+    """Foundry's grouped-query attention with `flash_or_stock_attention` as its attention function.
+
+    Registered as `sdpa_attention`; one class for multi-head (the default), grouped-query and multi-query attention::
+
+        attn_config:
+          attn_type: sdpa_attention
+          attn_impl: torch
+          kv_n_heads: 4  # n_heads if left out
+
+    Args:
+        d_model: Width of the model.
+        n_heads: H.
+        kv_n_heads: G; H if None.
+        attn_impl: `torch`, which fixes the layout of masks and caches.
+        **kwargs: As for `GroupedQueryAttention`.
+
+    Raises:
+        ValueError: If `attn_impl` is not `torch`.
+    """
+
+    def __init__(
+        self, d_model: int, n_heads: int, kv_n_heads: int | None = None, attn_impl: str = "torch", **kwargs: Any
+    ):
+        if attn_impl != "torch":
+            raise ValueError(
+                f"model.attn_config.attn_impl: {attn_impl} does not go with attn_type: sdpa_attention; set it to torch."
+            )
+        super().__init__(d_model, n_heads, n_heads if kv_n_heads is None else kv_n_heads, attn_impl=attn_impl, **kwargs)
+        self.attn_fn = flash_or_stock_attention
+
+
+def drop_full_mask(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A batch without its `attention_mask`, if the mask is known to be all ones; else the batch itself.
+
+    Known on the host, and without a look at the mask, which by then is on the device: foundry's collators count each
+    row's unmasked tokens (`total_tokens`, ints that are split into microbatches along with the rows). A batch without
+    that count, as in-context evaluation makes it, keeps its mask.
+
+    Args:
+        batch: As the trainer hands it to the model's forward.
+    """
+    mask, counts = batch.get("attention_mask"), batch.get("total_tokens")
+    if mask is None or counts is None or sum(counts) != mask.numel():
+        return batch
+    return {key: value for key, value in batch.items() if key != "attention_mask"}
