@@ -1,0 +1,205 @@
+r"""Cross-entropy with z-loss, over given logits or together with the output projection.
+
+.. math:: L = \frac1n\sum_i (\mathrm{lse}_i - x_{i,t_i}) + \frac{\zeta}{n}\sum_i \mathrm{lse}_i^2,
+          \quad \mathrm{lse}_i = \log\sum_v e^{x_{i,v}}
+
+with logits x, targets t, both sums over the n unmasked tokens, and ζ = `z_loss` (PaLM, section 5).
+Shapes: T tokens, V entries of the vocabulary, d width of the model.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+IGNORE_INDEX = -100
+
+# Logits in one chunk. The float32 copies of a chunk are all that is held beside the logits and their gradient.
+_CHUNK = 2**23
+# Larger with the projection, where each chunk also adds a V×d product to the weight's gradient.
+_PROJECTED_CHUNK = 2**26
+
+
+class LossTerms(NamedTuple):
+    """A loss and its two terms, each a mean over the unmasked tokens.
+
+    Attributes:
+        total: `cross_entropy + z_loss`, the one to differentiate.
+        cross_entropy: In nats; detached.
+        z_loss: ζ·mean(lse²); detached.
+    """
+
+    total: Tensor
+    cross_entropy: Tensor
+    z_loss: Tensor
+
+
+def _chunks(tokens: int, vocabulary: int, limit: int) -> Iterator[slice]:
+    size = max(1, limit // vocabulary)
+    return (slice(start, start + size) for start in range(0, tokens, size))
+
+
+def _log_softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities (T, V) in at least float32, those of the targets (T), and lse (T)."""
+    log_p = torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    # A masked token takes entry 0 here; what follows leaves it out.
+    index = targets.clamp(min=0).unsqueeze(-1)
+    target_log_p = log_p.gather(-1, index).squeeze(-1)
+    return log_p, target_log_p, logits.gather(-1, index).squeeze(-1) - target_log_p
+
+
+def _logits_gradient_(p: Tensor, targets: Tensor, lse: Tensor, z_loss: float, scale: Tensor | float) -> Tensor:
+    """Turn probabilities (T, V) into ∂L/∂x, in place: scale · ((1 + 2ζ·lse) p − onehot(t)), and 0 for masked tokens."""
+    row = (targets != IGNORE_INDEX).to(p.dtype) * scale
+    p *= (row * (1 + 2 * z_loss * lse)).unsqueeze(-1)
+    return p.scatter_add_(-1, targets.clamp(min=0).unsqueeze(-1), -row.unsqueeze(-1))
+
+
+def _terms(target_log_p: Tensor, lse: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The three loss terms and n, which is 1 if every token is masked, so that the loss is 0 then."""
+    unmasked = targets != IGNORE_INDEX
+    n = unmasked.sum().clamp(min=1)
+    cross_entropy = -torch.where(unmasked, target_log_p, 0).sum() / n
+    z = z_loss * torch.where(unmasked, lse.square(), 0).sum() / n
+    return cross_entropy + z, cross_entropy, z, n
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, ...]:  # type: ignore[override]
+        rows = [_log_softmax(logits[c], targets[c])[1:] for c in _chunks(len(logits), logits.size(1), _CHUNK)]
+        target_log_p, lse = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        total, cross_entropy, z, n = _terms(target_log_p, lse, targets, z_loss)
+        ctx.save_for_backward(logits, targets, lse, n)
+        ctx.z_loss = z_loss
+        ctx.mark_non_differentiable(cross_entropy, z)
+        return total, cross_entropy, z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        logits, targets, lse, n = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for c in _chunks(len(logits), logits.size(1), _CHUNK):
+            # Softmax again: half the memory between the passes, and one rounding in place of two.
+            p = torch.softmax(logits[c], -1, dtype=lse.dtype)
+            gradient[c] = _logits_gradient_(p, targets[c], lse[c], ctx.z_loss, grad_total / n)
+        return gradient, None, None
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Both gradients come with the value, up to the factor ∂/∂total / n: logits are computed once and never kept."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
+        ctx.dtypes = hidden.dtype, weight.dtype
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(dtype, torch.float32))
+        rows = []
+        for c in _chunks(len(hidden), len(weight), _PROJECTED_CHUNK):
+            log_p, target_log_p, lse = _log_softmax(hidden[c] @ weight.T, targets[c])
+            rows.append((target_log_p, lse))
+            gradient = _logits_gradient_(log_p.exp_(), targets[c], lse, z_loss, 1.0).to(dtype)
+            torch.mm(gradient, weight, out=grad_hidden[c])
+            grad_weight += gradient.T @ hidden[c]
+        target_log_p, lse = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        total, cross_entropy, z, n = _terms(target_log_p, lse, targets, z_loss)
+        ctx.save_for_backward(grad_hidden, grad_weight, n)
+        ctx.mark_non_differentiable(cross_entropy, z)
+        return total, cross_entropy, z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_hidden, grad_weight, n = ctx.saved_tensors
+        scale = grad_total / n
+        hidden_dtype, weight_dtype = ctx.dtypes
+        return (grad_hidden * scale).to(hidden_dtype), (grad_weight * scale).to(weight_dtype), None, None, None
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> LossTerms:
+    r"""Cross-entropy and z-loss, the mean over the unmasked tokens.
+
+    One pass over the logits gives the value, and in the backward pass one more gives their gradient in their dtype,
+    :math:`((1 + 2\zeta\,\mathrm{lse}_i)\,p_{iv} - 1[v = t_i])/n`. Arithmetic is in float32, and no more than a chunk of
+    tokens is held in it.
+
+    Args:
+        logits: (..., V).
+        targets: (...), -100 for masked tokens. If all are, the loss is 0.
+        z_loss: ζ.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        terms = _CrossEntropy.apply(logits.reshape(-1, logits.size(-1)), targets.reshape(-1), z_loss)
+    return LossTerms(*terms)  # type: ignore[misc]
+
+
+@functools.cache
+def _liger() -> Callable[..., Any] | None:
+    """Liger's fused loss if the `gpu` extra is installed."""
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy  # type: ignore
+    except ImportError:
+        return None
+    return liger_fused_linear_cross_entropy
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> LossTerms:
+    r"""`cross_entropy` of the logits ``hidden @ weight.T``, which never exist as a whole.
+
+    Each chunk of tokens is projected, turned into its gradient and multiplied back at once. The products are in the
+    dtype that `nn.functional.linear` would use, under autocast too; the weight's gradient is summed over the chunks in
+    float32. On CUDA liger-kernel does the same, if it is installed; it reads one value back to the host in each pass.
+
+    Args:
+        hidden: (..., d), input of the output projection.
+        weight: (V, d), the virtual weight.
+        targets: (...), -100 for masked tokens. If all are, the loss is 0.
+        z_loss: ζ.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    hidden, targets = hidden.reshape(-1, hidden.size(-1)), targets.reshape(-1)
+    with torch.autocast(device, enabled=False):
+        if hidden.is_cuda and (liger := _liger()) is not None:
+            output = liger(
+                hidden.to(dtype),
+                weight.to(dtype),
+                targets,
+                lse_square_scale=z_loss,
+                return_z_loss=True,
+                accum_dtype=torch.float32,
+            )
+            z = output.z_loss.detach().float()
+            return LossTerms(output.loss, output.loss.detach() - z, z)
+        return LossTerms(*_LinearCrossEntropy.apply(hidden, weight, targets, z_loss, dtype))  # type: ignore[misc]
+
+
+class LossHead(nn.Module):
+    """Mixin for an output projection without bias: given targets, its forward returns the loss in place of the logits.
+
+    FSDP gathers a module's parameters around that module's own forward and nowhere else, so the fused loss has to be
+    computed there. The layer it is mixed into, on its right, has a `virtual_weight()`.
+    """
+
+    virtual_weight: Callable[[], Tensor]
+
+    def forward(self, input: Tensor, targets: Tensor | None = None, z_loss: float = 0.0) -> Tensor | LossTerms:
+        """Logits (..., V) of `input` (..., d), or with `targets` (...) what `linear_cross_entropy` makes of them."""
+        if targets is None:
+            return super().forward(input)
+        return linear_cross_entropy(input, self.virtual_weight(), targets, z_loss)
+
+
+class LossLinear(LossHead, nn.Linear):
+    """`nn.Linear` as a `LossHead`."""
+
+    def virtual_weight(self) -> Tensor:
+        """The weight itself."""
+        return self.weight
