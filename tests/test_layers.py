@@ -105,7 +105,7 @@ def test_copies_keep_values_class_and_trainability(kind):
 
 @pytest.mark.parametrize("kind", LINEAR)
 def test_dtypes_and_autocast(kind):
-    """`.to` moves the gate along; autocast gives what a plain layer with the virtual weight would, but for bf16 rounding."""
+    """`.to` moves the gate along; autocast gives what float32 does, but for the 8 bits of bf16."""
     torch.manual_seed(0)
     layer, x = started(LINEAR[kind]()), torch.randn(3, 5)
     assert layer.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
@@ -143,7 +143,7 @@ def test_meta_device_holds_no_data_until_it_is_materialised(make):
 
 
 def test_unknown_gate_shape_is_refused():
-    with pytest.raises(ValueError, match="gate_shape: 'rows'.*scalar, row, column"):
+    with pytest.raises(ValueError, match=r"gate_shape: 'rows'.*scalar, row, column"):
         GatedLinear(2, 2, gate_shape="rows")
 
 

@@ -1,0 +1,289 @@
+"""`wesar_mpt_causal_lm`: foundry's MPT with what the compared methods need, and everything else stock."""
+
+import math
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import torch
+from llmfoundry.layers_registry import fcs
+from llmfoundry.models.layers.blocks import MPTBlock
+from llmfoundry.models.layers.layer_builders import build_fc, build_norm
+from llmfoundry.models.mpt.configuration_mpt import MPTConfig
+from llmfoundry.models.mpt.modeling_mpt import ComposerMPTCausalLM, MPTForCausalLM, MPTModel
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from llmfoundry_wesar.attention import drop_full_mask
+from llmfoundry_wesar.initialization import ROLES, activation_gain, assign_roles, check_init_config
+from llmfoundry_wesar.layers import EMBEDDINGS, Reparameterized
+from llmfoundry_wesar.losses import cross_entropy
+
+# Init functions that draw each matrix by its role; the first is for reparameterised layers, the second for plain ones.
+_ROLE_INITS = ("wesar_", "he_init_")
+
+
+class WeSaRMPTConfig(MPTConfig):
+    """`MPTConfig` with the options of the compared methods.
+
+    Args:
+        z_loss: Coefficient of the mean squared log-partition added to the loss (paper, Table 3: 1e-4).
+        embedding_scaling: Multiply the embedding's output by 1/σ_e, a constant (Takase et al. 2023). WeSaR has that in
+            the gate of W_e instead.
+        embedding_norm: Put a norm of `norm_type` on the embedding (Le Scao et al. 2022).
+        residual_scaling: Multiply every residual branch by 1/√2N (Noci et al. 2022; paper, appendix C.3).
+        norm_placement: `pre`, or `post` for Post-LN.
+        **kwargs: As for `MPTConfig`.
+
+    Raises:
+        ValueError: If the options do not go together; the message names key, value and fix.
+    """
+
+    def __init__(
+        self,
+        z_loss: float = 0.0,
+        embedding_scaling: bool = False,
+        embedding_norm: bool = False,
+        residual_scaling: bool = False,
+        norm_placement: str = "pre",
+        **kwargs: Any,
+    ):
+        self.z_loss = z_loss
+        self.embedding_scaling = embedding_scaling
+        self.embedding_norm = embedding_norm
+        self.residual_scaling = residual_scaling
+        self.norm_placement = norm_placement
+        super().__init__(**kwargs)
+
+    @property
+    def fc_class(self) -> type[nn.Linear]:
+        """The class of `fc_type`."""
+        return fcs.get(self.fc_type["name"])  # type: ignore[return-value]
+
+    @property
+    def activation(self) -> str:
+        """The name of the feed-forward layer's activation function."""
+        return (self.ffn_config.get("ffn_act_fn") or {"name": "gelu"})["name"]
+
+    @property
+    def embedding_std(self) -> float:
+        """σ_e, the standard deviation that the embedding's virtual weight starts with, before its output is scaled."""
+        init, fc_class = self.init_config, self.fc_class
+        if issubclass(fc_class, Reparameterized):
+            shape = (self.vocab_size, self.d_model)
+            return fc_class.expected_start(shape, init["sigma"], 1.0, init.get("gain_init", "method"))[1]
+        if init.get("emb_init_std"):
+            return init["emb_init_std"]
+        if init["name"] == "small_init_":
+            return math.sqrt(2 / (5 * self.d_model))
+        if init["name"] == "he_init_":
+            return math.sqrt(1 / self.d_model)
+        raise ValueError(
+            f"model.embedding_scaling: true needs σ_e, and model.init_config.name: {init['name']} does not tell it; "
+            "set model.init_config.emb_init_std, or use small_init_, he_init_ or wesar_."
+        )
+
+    def _validate_config(self) -> None:
+        super()._validate_config()
+        if not isinstance(self.z_loss, int | float) or self.z_loss < 0:
+            raise ValueError(f"model.z_loss: {self.z_loss!r} is not a number ≥ 0; the paper's is 1.0e-4.")
+        if self.norm_placement not in ("pre", "post"):
+            raise ValueError(f"model.norm_placement: {self.norm_placement!r} is not one of pre, post.")
+        if self.norm_placement == "post" and self.blocks_fuse_norm:
+            raise ValueError(
+                "model.norm_placement: post does not go with fuse_norm_attn_norm: true; set that to false."
+            )
+        if self.fc_type["name"] not in fcs:
+            raise ValueError(
+                f"model.fc_type.name: {self.fc_type['name']!r} is not one of {', '.join(sorted(fcs.get_all()))}."
+            )
+        reparameterized = issubclass(self.fc_class, Reparameterized)
+        init = self.init_config["name"]
+        if reparameterized and init != "wesar_":
+            raise ValueError(
+                f"model.init_config.name: {init} is a plain init function, and the layers of model.fc_type.name: "
+                f"{self.fc_type['name']} have gates to start: "
+                "set `model.init_config: {name: wesar_, sigma: 0.0063245553, backbone: he}`."
+            )
+        if not reparameterized and init == "wesar_":
+            raise ValueError(
+                f"model.init_config.name: wesar_ leaves the scale of each matrix to a gate, which "
+                f"`model.fc_type: {self.fc_type['name']}` lacks: set `model.fc_type: {{name: wesar}}`."
+            )
+        if reparameterized and self.tie_word_embeddings:
+            raise ValueError(
+                "model.tie_word_embeddings: true would give W_e and W_p one gate, and they need very different ones: "
+                "set it to false."
+            )
+        if reparameterized and self.attn_config["fused_qkv"]:
+            raise ValueError(
+                "model.attn_config.fused_qkv: true would give W_q, W_k and W_v one gate between them: set it to false."
+            )
+        if init not in _ROLE_INITS:
+            return
+        check_init_config(**self.init_config)
+        activation_gain(self.activation)
+        if self.ffn_config["ffn_type"] not in ("mptmlp", "mptglu"):
+            raise ValueError(
+                f"model.ffn_config.ffn_type: {self.ffn_config['ffn_type']} has matrices that {init} does not know; "
+                "use mptmlp or mptglu."
+            )
+        if self.learned_pos_emb:
+            raise ValueError(
+                f"model.learned_pos_emb: true has no σ_• under {init}; the paper has RoPE: "
+                "set `learned_pos_emb: false`, `attn_config: {rope: true, rope_impl: hf}`."
+            )
+
+    @property
+    def blocks_fuse_norm(self) -> bool:
+        """Whether foundry's fused norm–attention–norm module is asked for."""
+        return bool(getattr(self, "fuse_norm_attn_norm", False))
+
+
+class _Scale(nn.Module):
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input * self.factor
+
+    def extra_repr(self) -> str:
+        return f"{self.factor:.6g}"
+
+
+class PostNormBlock(MPTBlock):
+    r"""A block with the norm behind the residual connection, :math:`y = \mathrm{LN}(f(x) + x)`."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, attention_mask: torch.ByteTensor | None = None, output_attentions: bool = False, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+        """As `MPTBlock.forward`."""
+        optional = ("prev_layer_key_value", "key_value_states", "pos_id_within_seq")
+        kwargs = {k: v for k, v in kwargs.items() if k not in optional or v is not None}
+        attention, weights, past_key_value = self.attn(
+            x, attention_mask=attention_mask, needs_weights=output_attentions, **kwargs
+        )
+        assert self.norm_2 is not None
+        x = self.norm_1(x + self.resid_attn_dropout(attention))
+        x = self.norm_2(x + self.resid_ffn_dropout(self.apply_ffn(attention_mask, x)))
+        return x, weights, past_key_value
+
+
+class WeSaRMPTModel(MPTModel):
+    """`MPTModel` whose embedding is of the kind of `fc_type`, and with the other options of `WeSaRMPTConfig`."""
+
+    config: WeSaRMPTConfig
+
+    def __init__(self, config: WeSaRMPTConfig):
+        super().__init__(config)
+        if config.norm_placement == "post":
+            # The last block's output is normalised already.
+            self.norm_f = nn.Identity()
+
+    @property
+    def block_class(self) -> type[MPTBlock]:
+        """The class of the blocks, by `norm_placement`."""
+        return PostNormBlock if self.config.norm_placement == "post" else MPTBlock
+
+    def construct_blocks(self, config: WeSaRMPTConfig) -> nn.ModuleList:  # type: ignore[override]
+        """Build the blocks and, since this runs before the parameters are initialised, replace the stock embedding."""
+        options = {k: v for k, v in config.fc_type.items() if k not in ("name", "bias", "device")}
+        self.wte = EMBEDDINGS.get(config.fc_class, EMBEDDINGS[nn.Linear])(
+            config.vocab_size,
+            config.d_model,
+            padding_idx=config.pad_token_id,
+            device=config.init_device,
+            scale=1 / config.embedding_std if config.embedding_scaling else 1.0,
+            **options,
+        )
+        if config.embedding_norm:
+            norm = build_norm(config.norm_type.lower(), config.d_model, config.norm_eps, config.init_device)
+            self.emb_drop = nn.Sequential(norm, self.emb_drop)
+        blocks = super().construct_blocks(config)
+        if config.residual_scaling:
+            scale = 1 / math.sqrt(2 * config.n_layers)
+            for module in list(blocks.modules()):
+                for name in ("resid_attn_dropout", "resid_ffn_dropout"):
+                    if hasattr(module, name):
+                        setattr(module, name, nn.Sequential(getattr(module, name), _Scale(scale)))
+        assign_roles(self, config.activation)
+        assign_roles(blocks, config.activation)
+        return blocks
+
+
+class WeSaRMPTForCausalLM(MPTForCausalLM):
+    """`MPTForCausalLM` whose W_p is of the kind of `fc_type` and initialised on every device."""
+
+    config_class = WeSaRMPTConfig
+    config: WeSaRMPTConfig
+
+    def __init__(self, config: WeSaRMPTConfig):
+        super().__init__(config)
+        if self.lm_head is not None:
+            options = {**config.fc_type, "bias": False, "device": config.init_device}
+            self.lm_head = build_fc(config.fc_type["name"], config.d_model, config.vocab_size, options)
+            self.lm_head._fsdp_wrap = True
+            self.lm_head.role = ROLES["lm_head"]
+            if config.init_device != "meta":
+                self.lm_head.apply(self.param_init_fn)
+
+    @property
+    def backbone_model_class(self) -> type[MPTModel]:
+        """The class of `transformer`."""
+        return WeSaRMPTModel
+
+
+class ComposerWeSaRMPTCausalLM(ComposerMPTCausalLM):
+    r"""The model that foundry builds for `model.name: wesar_mpt_causal_lm`.
+
+    It takes the keys of `mpt_causal_lm`, with their meaning, and those of `WeSaRMPTConfig`. With a z-loss the training
+    loss is :math:`\mathrm{CE} + c\,\mathrm{mean}(\log^2 Z)` over the tokens that have a target; Composer then logs
+    `loss/train/total`, `loss/train/loss` (the cross-entropy) and `loss/train/z_loss` (with its coefficient).
+
+    Args:
+        tokenizer: Its vocabulary must fit into `vocab_size`.
+        loss_fn: As for foundry, but `torch_crossentropy` by default, which needs no extra package.
+        **kwargs: `use_train_metrics`, `additional_train_metrics`, and the keys of the config.
+
+    Raises:
+        ValueError: If the tokenizer has more tokens than the embedding has rows, or `loss_fn` has no z-loss.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        loss_fn: str | dict = "torch_crossentropy",
+        **kwargs: Any,
+    ):
+        vocab_size = kwargs.get("vocab_size", MPTConfig().vocab_size)
+        if tokenizer is not None and len(tokenizer) > vocab_size:
+            raise ValueError(
+                f"model.vocab_size: {vocab_size} is smaller than the tokenizer's {len(tokenizer)} tokens: set it to "
+                f"{len(tokenizer)} or more, or train a smaller tokenizer."
+            )
+        if kwargs.get("z_loss") and loss_fn != "torch_crossentropy":
+            raise ValueError(f"model.loss_fn: {loss_fn} has no z-loss; set model.loss_fn: torch_crossentropy.")
+        super().__init__(tokenizer=tokenizer, loss_fn=loss_fn, **kwargs)
+
+    @property
+    def model_class(self) -> type[MPTForCausalLM]:
+        """The Hugging Face model inside."""
+        return WeSaRMPTForCausalLM
+
+    @property
+    def config_class(self) -> type[MPTConfig]:
+        """The config of `model_class`."""
+        return WeSaRMPTConfig
+
+    def forward(self, batch: MutableMapping) -> CausalLMOutputWithPast:
+        """The logits of a microbatch; one without padding goes without a mask, which frees the attention to be causal."""
+        return super().forward(drop_full_mask(batch))
+
+    def loss(self, outputs: CausalLMOutputWithPast, batch: Mapping) -> dict[str, Tensor] | Tensor:
+        """The loss of a microbatch; see the class."""
+        if not self.config.z_loss:
+            return super().loss(outputs, batch)
+        assert isinstance(outputs.logits, Tensor)
+        terms = cross_entropy(outputs.logits, self.get_targets(batch), self.config.z_loss)
+        return {"total": terms.total, "loss": terms.cross_entropy, "z_loss": terms.z_loss}

@@ -1,0 +1,193 @@
+import math
+
+import pytest
+import torch
+from llmfoundry.layers_registry import param_init_fns
+from torch import nn
+
+from llmfoundry_wesar.initialization import ROLES, activation_gain, backbone_std
+from llmfoundry_wesar.layers import GatedLinear, Reparameterized
+from llmfoundry_wesar.methods import names
+from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM
+from tests.tiny import PAPER_SIGMA, build, model_config
+
+# Table 1, as the paper prints it: standard deviation by role, with d and N.
+TABLE_1 = {
+    "he": {
+        "W_q": lambda d, N: math.sqrt(1 / d),
+        "W_k": lambda d, N: math.sqrt(1 / d),
+        "W_v": lambda d, N: math.sqrt(1 / d),
+        "W_o": lambda d, N: math.sqrt(1 / (2 * N * d)),
+        "W_u": lambda d, N: math.sqrt(1 / d),
+        "W_d": lambda d, N: math.sqrt(2 / (8 * N * d)),
+        "W_p": lambda d, N: math.sqrt(1 / d),
+    },
+    "small": {
+        "W_q": lambda d, N: math.sqrt(2 / (5 * d)),
+        "W_k": lambda d, N: math.sqrt(2 / (5 * d)),
+        "W_v": lambda d, N: math.sqrt(2 / (5 * d)),
+        "W_o": lambda d, N: math.sqrt(2 / (10 * N * d)),
+        "W_u": lambda d, N: math.sqrt(2 / (5 * d)),
+        "W_d": lambda d, N: math.sqrt(2 / (10 * N * d)),
+        "W_p": lambda d, N: math.sqrt(2 / (5 * d)),
+    },
+}
+SIZES = [(32, 2), (64, 3), (96, 1)]
+
+
+def matrices(model):
+    return {name: module for name, module in model.named_modules() if hasattr(module, "role")}
+
+
+def within_sampling_error(weight, std):
+    """Six standard errors of the standard deviation of n normal draws, σ/√2n: one false alarm in 10⁹ matrices."""
+    return abs(weight.std(correction=0).item() - std) < 6 * std / math.sqrt(2 * weight.numel())
+
+
+@pytest.mark.parametrize(("d", "N"), SIZES)
+@pytest.mark.parametrize("backbone", TABLE_1)
+def test_table_1_wesar(backbone, d, N):
+    """Every actual weight has the one σ, every gate is σ_•/σ to fp32, so virtual weights have Table 1's σ_•."""
+    model = build("wesar", d_model=d, n_layers=N, init_config={"backbone": backbone})
+    found = matrices(model)
+    assert len(found) == 6 * N + 2
+    for module in found.values():
+        std = 1.0 if module.role.name == "W_e" else TABLE_1[backbone][module.role.name](d, N)
+        assert within_sampling_error(module.weight, 0.0063245553)
+        assert module.gate.shape == (1,)
+        assert module.gate.item() == pytest.approx(std / 0.0063245553, rel=2**-23)
+        assert within_sampling_error(module.virtual_weight(), std)
+
+
+@pytest.mark.parametrize(("d", "N"), SIZES)
+@pytest.mark.parametrize(("method", "backbone"), [("he_init", "he"), ("small_init", "small")])
+def test_table_1_plain(method, backbone, d, N):
+    """Plain weights have Table 1's σ_•; W_e has W_q's, and its output the constant 1/σ_e."""
+    for module in matrices(build(method, d_model=d, n_layers=N)).values():
+        role = "W_q" if module.role.name == "W_e" else module.role.name
+        std = TABLE_1[backbone][role](d, N)
+        assert within_sampling_error(module.weight, std)
+        if module.role.name == "W_e":
+            assert module.scale == pytest.approx(1 / std, rel=1e-12)
+
+
+def test_roles_and_fan_in_cover_what_the_table_leaves_out():
+    """Another expansion ratio, GLU and grouped queries follow from gain/√d_in; the tanh has its own gain."""
+    model = build(
+        "wesar",
+        expansion_ratio=2,
+        ffn_config={"ffn_type": "mptglu"},
+        attn_config={"kv_n_heads": 2, "attn_type": "grouped_query_attention"},
+    )
+    block = model.model.transformer.blocks[0]
+    assert block.attn.Wk.weight.shape == (16, 32)
+    sigma, residual = 0.0063245553, math.sqrt(2 * 2)
+    assert block.attn.Wk.gate.item() == pytest.approx(math.sqrt(1 / 32) / sigma)
+    assert block.ffn.gate_proj.gate.item() == pytest.approx(math.sqrt(1 / 32) / sigma)
+    assert block.ffn.down_proj.gate.item() == pytest.approx(math.sqrt(2 / 64) / residual / sigma)
+    tanh = build("wesar", ffn_config={"ffn_act_fn": {"name": "tanh"}}).model.transformer.blocks[0].ffn.down_proj
+    assert tanh.gate.item() == pytest.approx(5 / 3 / math.sqrt(128) / residual / sigma)
+
+
+def test_activation_gain_is_one_over_the_root_mean_square_for_the_relu():
+    z = torch.randn(10**6, generator=torch.Generator().manual_seed(0))
+    assert activation_gain("relu") == pytest.approx(1 / torch.relu(z).square().mean().sqrt().item(), rel=1e-2)
+    assert activation_gain("gelu") == activation_gain("relu")
+    with pytest.raises(ValueError, match=r"ffn_act_fn.name: no He gain is known for 'celu'"):
+        activation_gain("celu")
+
+
+def test_backbone_std_of_the_paper_sizes():
+    """Spot checks by hand at 1.3B: √(1/2048), √(2/(8·24·2048)), √(2/(10·24·2048))."""
+    arguments = {"d_model": 2048, "div_is_residual": math.sqrt(48)}
+    down = build().model.transformer.blocks[0].ffn.down_proj.role
+    assert backbone_std(ROLES["Wq"], "he", 2048, **arguments) == pytest.approx(0.022097087)
+    assert backbone_std(down, "he", 8192, **arguments) == pytest.approx(0.0022552754)
+    assert backbone_std(down, "small", 8192, **arguments) == pytest.approx(0.0020171796)
+
+
+@pytest.mark.parametrize("method", names("method"))
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_every_parameter_is_written(method, device):
+    """Fill everything with a sentinel, initialise, and nothing of it is left; on the meta device too."""
+    model = WeSaRMPTForCausalLM(WeSaRMPTConfig(**model_config(method, init_device=device, no_bias=False)))
+    if device == "meta":
+        assert all(p.is_meta for p in model.parameters())
+        model.to_empty(device="cpu")
+    state = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if "rotary" not in n}}
+    for tensor in state.values():
+        tensor.data.fill_(float("nan"))
+    model.apply(model.param_init_fn)
+    assert all(t.isfinite().all() for t in state.values())
+    assert len([m for m in model.modules() if hasattr(m, "role")]) == 14
+
+
+def test_the_same_seed_gives_the_same_model_and_another_one_another():
+    weights = [build(seed=s).model.lm_head.weight for s in (0, 0, 1)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("method", ["weight_norm", "sigma_reparam"])
+def test_gain_init(method):
+    """By method: gains are the rows' norms, α is 1. By backbone: virtual weights have Table 1's σ_•, as WeSaR's."""
+    for module in matrices(build(method)).values():
+        expected = module.weight.norm(dim=1) if method == "weight_norm" else torch.ones(1)
+        torch.testing.assert_close(module.gate.detach(), expected)
+    for module in matrices(build(method, init_config={"gain_init": "backbone"})).values():
+        std = 1.0 if module.role.name == "W_e" else TABLE_1["he"][module.role.name](32, 2)
+        assert within_sampling_error(module.virtual_weight(), std)
+
+
+def test_padding_row_of_the_embedding_is_zero():
+    assert build(pad_token_id=3).model.transformer.wte.weight[3].abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("init_config", "message"),
+    [
+        ({"name": "wesar_"}, "sigma: None is not a positive number"),
+        ({"name": "wesar_", "sigma": 0.0}, "sigma: 0.0 is not a positive number"),
+        ({"name": "wesar_", "sigma": -1.0}, "sigma: -1.0 is not"),
+        ({"name": "wesar_", "sigma": "4e-5"}, "sigma: '4e-5' is not"),
+        ({"name": "wesar_", "sigma": 0.1, "backbone": "xavier"}, "backbone: 'xavier' is not one of he, small"),
+        ({"name": "wesar_", "sigma": 0.1, "gain_init": "one"}, "gain_init: 'one' is not one of method, backbone"),
+        ({"name": "wesar_", "sigma": 0.1, "sigmoid": 1}, "sigmoid: 1 is not used by wesar_.*backbone, gain_init"),
+        ({"name": "wesar_", "sigma": 0.1, "emb_init_std": 0.5}, "emb_init_std: 0.5 is not used by wesar_"),
+    ],
+)
+def test_wrong_init_config_is_refused_by_key(init_config, message):
+    with pytest.raises(ValueError, match=rf"model\.init_config\.{message}"):
+        build(None, fc_type={"name": "wesar"}, init_config=init_config)
+
+
+def test_he_init_refuses_sigma():
+    with pytest.raises(ValueError, match=r"sigma: 0.1 is not used by he_init_"):
+        build(None, init_config={"name": "he_init_", "sigma": 0.1})
+
+
+@pytest.mark.parametrize("init", ["small_init_", "kaiming_normal_", "baseline_"])
+def test_plain_init_functions_refuse_gated_layers(init):
+    """Without a module init function of our own, foundry's would claim the layer and leave its gate as it is."""
+    with pytest.raises(ValueError, match=r"plain init function.*GatedLinear.*wesar_"):
+        param_init_fns.get(init)(GatedLinear(4, 4), n_layers=2, d_model=4, init_std=0.1)
+
+
+@pytest.mark.parametrize("init", ["wesar_", "he_init_"])
+def test_init_by_role_refuses_a_matrix_without_one(init):
+    keys = {"sigma": PAPER_SIGMA} if init == "wesar_" else {}
+    with pytest.raises(ValueError, match=r"has none: set `model.name: wesar_mpt_causal_lm`"):
+        param_init_fns.get(init)(nn.Linear(4, 4), n_layers=2, d_model=4, **keys)
+
+
+def test_stock_layers_are_left_to_foundry():
+    """The same draws, to the bit, as foundry's own function makes for a plain layer."""
+    layers = [nn.Linear(8, 8), nn.Embedding(8, 8), nn.LayerNorm(8)]
+    torch.manual_seed(0)
+    for layer in layers:
+        param_init_fns.get("small_init_")(layer, n_layers=2, d_model=8)
+    torch.manual_seed(0)
+    std = math.sqrt(2 / 40)
+    assert torch.equal(layers[0].weight, torch.empty(8, 8).normal_(std=std))
+    assert torch.equal(layers[1].weight, torch.empty(8, 8).normal_(std=std))
+    assert not any(isinstance(layer, Reparameterized) for layer in layers)

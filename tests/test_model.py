@@ -1,0 +1,220 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from llmfoundry.models.mpt.modeling_mpt import ComposerMPTCausalLM
+from llmfoundry.utils.builders import build_optimizer
+from tokenizers import Tokenizer, models
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from llmfoundry_wesar.layers import Gated, Reparameterized
+from llmfoundry_wesar.methods import names
+from llmfoundry_wesar.model import ComposerWeSaRMPTCausalLM
+from tests.tiny import batch, build, model_config
+
+PLAIN = {"init_config": {"name": "small_init_"}}
+
+
+def logits(model, ids=None):
+    model.eval()
+    with torch.no_grad():
+        return model.model(batch()["input_ids"] if ids is None else ids).logits
+
+
+def test_without_our_keys_it_is_the_stock_model():
+    """The same parameters give the same logits and loss as mpt_causal_lm, to the bit; only W_p is drawn differently."""
+    ours = build(None, **PLAIN)
+    stock = ComposerMPTCausalLM(**model_config(None, **PLAIN), loss_fn="torch_crossentropy")
+    stock.load_state_dict(ours.state_dict())
+    assert torch.equal(logits(ours), logits(stock))
+    losses = [model.loss(model.train()(batch()), batch()) for model in (ours, stock)]
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("method", names("method"))
+def test_every_matrix_of_a_method_has_its_kind_of_layer(method):
+    model = build(method).model
+    matrices = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
+    assert len(matrices) == 14
+    reparameterized = method.split("_")[0] in ("wesar", "weight", "sigma")
+    assert {isinstance(m, Reparameterized) for m in matrices} == {reparameterized}
+
+
+def test_fixed_gates_are_no_parameters():
+    """Frozen and absent from the optimizer, but in the checkpoint."""
+    model = build("wesar_fixed")
+    assert not [name for name, _ in model.named_parameters() if "gate" in name]
+    assert len([name for name in model.state_dict() if name.endswith(".gate")]) == 14
+    trained = {id(p) for group in build_optimizer(model, "adamw", {"lr": 1e-3}).param_groups for p in group["params"]}
+    assert not any(id(m.gate) in trained for m in model.modules() if isinstance(m, Gated))
+
+
+def test_weight_decay_spares_gates_and_norms_but_no_matrix():
+    """The settings' param group, on a model that has a `gate_proj` too."""
+    from llmfoundry_wesar.methods import load
+
+    model = build("wesar", ffn_config={"ffn_type": "mptglu"})
+    groups = load("setting", "rapid").optimizer.param_groups
+    optimizer = build_optimizer(
+        model, "adamw", {"lr": 1e-3, "weight_decay": 0.01, "param_groups": [dict(g) for g in groups]}
+    )
+    names_of = {id(p): n for n, p in model.named_parameters()}
+    decayed, spared = ({names_of[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
+    assert all(n.endswith(".weight") and "norm" not in n for n in decayed)
+    assert all(n.endswith(".gate") or "norm" in n for n in spared)
+    assert len(decayed) == 16
+
+
+@pytest.mark.parametrize("backbone", ["he", "small"])
+def test_residual_scaling_computes_the_function_of_the_scaled_init(backbone):
+    """Appendix C.3: the multiplier 1/√2N is the init's divisor moved out of W_o and W_d; fp32 rounding apart."""
+    scaled, multiplied = build(f"{backbone}_init"), build(f"residual_scaling_{backbone}")
+    for a, b in zip(scaled.parameters(), multiplied.parameters(), strict=True):
+        factor = (b.norm() / a.norm()).item()
+        assert any(factor == pytest.approx(f, rel=1e-5) for f in (1, math.sqrt(2 * 2)))
+    torch.testing.assert_close(logits(scaled), logits(multiplied), rtol=1e-4, atol=1e-5)
+
+
+def test_post_norm_block_is_norm_of_branch_plus_stream():
+    """y = LN(f(x) + x) by hand, and no norm behind the last block."""
+    model = build(None, norm_placement="post", init_config={"name": "he_init_"}).model.eval()
+    transformer, ids = model.transformer, batch()["input_ids"]
+    assert isinstance(transformer.norm_f, nn.Identity)
+    x = transformer.wte(ids)
+    rotary = {
+        "impl": "hf",
+        "rotary_emb": transformer.rotary_embedding,
+        "offset_info": torch.arange(16)[None],
+        "seq_len": 16,
+    }
+    for block in transformer.blocks:
+        x = block.norm_1(x + block.attn(x, rotary_emb_w_meta_info=rotary, is_causal=True)[0])
+        x = block.norm_2(x + block.ffn(x))
+    torch.testing.assert_close(model(ids).logits, model.lm_head(x), rtol=1e-5, atol=1e-5)
+
+
+def test_embedding_variants_of_takase_et_al():
+    """Scaling and norm both give the stream unit variance at the start; the vanilla row leaves it at σ_e."""
+    ids = torch.arange(97)[None, :16]
+    streams = {}
+    for method in ("small_init", "embedding_norm", "no_embedding_scaling", "wesar"):
+        transformer = build(method).model.transformer.eval()
+        streams[method] = transformer.emb_drop(transformer.wte(ids)).std().item()
+    assert streams["small_init"] == pytest.approx(1, abs=0.1)
+    assert streams["wesar"] == pytest.approx(1, abs=0.1)
+    assert streams["embedding_norm"] == pytest.approx(1, abs=0.01)
+    assert streams["no_embedding_scaling"] == pytest.approx(math.sqrt(2 / 160), rel=0.1)
+
+
+def test_embedding_detach_shrinks_the_gradient_alone():
+    """GLM's remedy: the same function, and a tenth of the embedding's gradient."""
+    models_ = [build("embedding_detach"), build("no_embedding_scaling")]
+    gradients = []
+    for model in models_:
+        loss = F.cross_entropy(
+            model.model(batch()["input_ids"]).logits.flatten(0, 1), batch(seed=5)["labels"].flatten()
+        )
+        loss.backward()
+        gradients.append(model.model.transformer.wte.weight.grad)
+    assert torch.allclose(logits(models_[0]), logits(models_[1]), atol=1e-6)
+    torch.testing.assert_close(gradients[0], 0.1 * gradients[1], rtol=1e-4, atol=1e-8)
+
+
+def test_z_loss_by_hand_with_masked_tokens():
+    """CE and z-loss are means over the tokens with a target; the last of each row and the masked ones have none."""
+    coefficient = 0.02
+    model, data = build("wesar", z_loss=coefficient), batch()
+    data["labels"][0, 5:9] = -100
+    outputs = model.train()(data)
+    found = model.loss(outputs, data)
+    squares, nats = [], []
+    for row, targets in zip(outputs.logits.double(), data["labels"], strict=True):
+        for position in range(15):
+            if (target := targets[position + 1]) != -100:
+                log_z = row[position].exp().sum().log()
+                squares.append(log_z**2)
+                nats.append(log_z - row[position, target])
+    assert len(nats) == 3 * 15 - 4
+    z_loss, cross_entropy = coefficient * torch.stack(squares).mean(), torch.stack(nats).mean()
+    assert found["z_loss"].item() == pytest.approx(z_loss.item(), rel=1e-5)
+    assert found["loss"].item() == pytest.approx(cross_entropy.item(), rel=1e-5)
+    assert found["total"].item() == pytest.approx((z_loss + cross_entropy).item(), rel=1e-5)
+    parameters = list(model.parameters())
+    for ours, theirs in zip(
+        torch.autograd.grad(found["total"], parameters, retain_graph=True),
+        torch.autograd.grad(z_loss + cross_entropy, parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        {"attn_type": "grouped_query_attention", "kv_n_heads": 2},
+        {"attn_type": "multiquery_attention"},
+        {"attn_type": "sdpa_attention"},
+    ],
+)
+@pytest.mark.parametrize("ffn", ["mptmlp", "mptglu"])
+@pytest.mark.parametrize("method", ["wesar", "weight_norm"])
+def test_stock_paths_train_with_reparameterised_layers(attention, ffn, method):
+    """Every parameter gets a gradient, and the loss falls on a batch that is repeated."""
+    model = build(method, attn_config=attention, ffn_config={"ffn_type": ffn})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = model.loss(model.train()(batch()), batch())
+        loss.backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_counts_of_parameters_and_flops_are_foundrys():
+    """Gates are counted, one a matrix; flops are 6 a parameter and token plus attention's, as foundry has them."""
+    model, plain = build("wesar"), build("small_init")
+    assert model.n_total_params == plain.n_total_params + 14 == sum(p.numel() for p in model.parameters())
+    tokens = batch()["input_ids"]
+    attention = 3 * 2 * 4 * 32 * 16**2
+    assert model.flops_per_batch({"input_ids": tokens}) == (6 * 16 * model.n_active_params + attention) * 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"init_config": {"name": "small_init_"}}, "init_config.name: small_init_ is a plain init.*name: wesar_"),
+        ({"fc_type": {"name": "torch"}}, "init_config.name: wesar_ leaves the scale.*fc_type: {name: wesar}"),
+        ({"fc_type": {"name": "wezar"}}, "fc_type.name: 'wezar' is not one of .*wesar"),
+        ({"attn_config": {"fused_qkv": True}}, "attn_config.fused_qkv: true.*set it to false"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings: true.*set it to false"),
+        ({"z_loss": -1.0}, "z_loss: -1.0 is not a number"),
+        ({"z_loss": 1e-4, "loss_fn": "fused_crossentropy"}, "loss_fn: fused_crossentropy has no z-loss"),
+        ({"norm_placement": "sandwich"}, "norm_placement: 'sandwich' is not one of pre, post"),
+        ({"ffn_config": {"ffn_type": "torch_dmoe"}}, "ffn_config.ffn_type: torch_dmoe.*mptmlp or mptglu"),
+        ({"attn_config": {"rope": False}, "learned_pos_emb": True}, "learned_pos_emb: true.*rope: true"),
+        ({"init_config": {"sigma": 0.0}}, "init_config.sigma: 0.0 is not a positive number"),
+    ],
+)
+def test_wrong_options_are_refused_by_key(overrides, message):
+    with pytest.raises(ValueError, match=rf"model\.{message}"):
+        build("wesar", **overrides)
+
+
+def test_embedding_scaling_needs_a_known_scale():
+    with pytest.raises(ValueError, match=r"embedding_scaling: true needs σ_e, and .* kaiming_normal_"):
+        build(None, embedding_scaling=True)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused():
+    vocabulary = {f"t{i}": i for i in range(98)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, "t0")))
+    with pytest.raises(
+        ValueError, match=r"model\.vocab_size: 97 is smaller than the tokenizer's 98 tokens: set it to 98"
+    ):
+        ComposerWeSaRMPTCausalLM(tokenizer=tokenizer, **model_config("wesar"))
