@@ -1,0 +1,88 @@
+import json
+import math
+
+import pytest
+from typer.testing import CliRunner
+
+from llmfoundry_wesar.cli import app
+from llmfoundry_wesar.inspection import inspect_config, load_config
+from llmfoundry_wesar.methods import names
+from tests.tiny import build
+
+
+@pytest.mark.parametrize(
+    ("size", "millions", "d", "N"),
+    [("130m", "134.1", 768, 12), ("1.3b", "1,339.1", 2048, 24), ("13b", "12,911.0", 5120, 40)],
+)
+def test_the_paper_sizes(size, millions, d, N):
+    """Table 2's parameter counts and Table 1's gates, without allocating a weight."""
+    inspection = inspect_config(load_config(f"yamls/{size}.yaml"))
+    assert f"{inspection.parameters / 1e6:,.1f}" == millions
+    rows = {matrix.role: matrix for matrix in inspection.matrices}
+    assert [matrix.count for matrix in inspection.matrices] == [1, N, N, N, N, N, N, 1]
+    assert rows["W_d"].shape == (d, 4 * d)
+    assert rows["W_e"].gate == pytest.approx(158.1, abs=0.05)
+    assert rows["W_o"].gate == pytest.approx(math.sqrt(1 / (2 * N * d)) / 0.0063245553)
+    assert {matrix.std for matrix in rows.values()} == {0.0063245553}
+    assert rows["W_u"].update_ratio == pytest.approx(1e-3 / 0.0063245553)
+
+
+def test_weight_normalisation_adds_a_gain_a_row():
+    """Table 6: 1,339.6M parameters, half a million more than the others."""
+    inspection = inspect_config(load_config("yamls/1.3b.yaml", ["variables.method=weight_norm"]))
+    assert f"{inspection.parameters / 1e6:,.1f}" == "1,339.6"
+
+
+@pytest.mark.parametrize("method", names("method"))
+def test_what_is_said_is_what_is_built(method):
+    """Standard deviations, gates and the count agree with a model that exists."""
+    overrides = [f"variables.method={method}", "model.vocab_size=500"]
+    config = load_config("yamls/quickstart.yaml", overrides)
+    inspection = inspect_config(config)
+    model = build(method, d_model=128, n_layers=6, vocab_size=500).model
+    assert inspection.parameters == sum(p.numel() for p in model.parameters())
+    rows = {matrix.role: matrix for matrix in inspection.matrices}
+    for module in model.modules():
+        if not hasattr(module, "role"):
+            continue
+        row = rows[module.role.name]
+        assert tuple(module.weight.shape) == row.shape
+        assert module.weight.std().item() == pytest.approx(row.std, rel=0.05)
+        virtual = module.virtual_weight() if hasattr(module, "virtual_weight") else module.weight
+        # ‖W‖₂ = σ(√rows + √columns) holds in the limit of large matrices.
+        assert virtual.std().item() * getattr(module, "scale", 1) == pytest.approx(row.virtual_std, rel=0.08)
+        if row.gate is not None:
+            assert module.gate.mean().item() == pytest.approx(row.gate, rel=0.05)
+
+
+def test_the_command(tmp_path):
+    run = CliRunner().invoke(app, ["inspect", "yamls/130m.yaml", "variables.method=he_init", "--json"])
+    assert run.exit_code == 0, run.output
+    report = json.loads(run.stdout)
+    assert report["parameters"] == 134105856
+    assert report["matrices"][0] == {
+        "role": "W_e",
+        "shape": [32000, 768],
+        "count": 1,
+        "layer": "ScaledEmbedding",
+        "virtual_std": pytest.approx(1.0),
+        "std": pytest.approx(math.sqrt(1 / 768)),
+        "gate": None,
+        "update_ratio": pytest.approx(1e-3 * math.sqrt(768)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["yamls/none.yaml"], "No such file"),
+        (["yamls/130m.yaml", "variables.method=wezar"], "variables.method: 'wezar'"),
+        (["yamls/130m.yaml", "model.name=mpt_causal_lm"], "model.name: 'mpt_causal_lm'"),
+        (["yamls/130m.yaml", "model.init_config.sigma=0"], "sigma: 0 is not a positive number"),
+    ],
+)
+def test_a_wrong_config_is_one_line(arguments, message):
+    run = CliRunner().invoke(app, ["inspect", *arguments])
+    assert run.exit_code == 1
+    assert message in run.output
+    assert "Traceback" not in run.output
