@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from composer.utils import dist
 
 REPOSITORY = Path(__file__).parents[1]
@@ -54,8 +55,22 @@ def launch(
         return [pickle.loads(Path(folder, str(rank)).read_bytes()) for rank in range(processes)]
 
 
+def _mend_gloo() -> None:
+    """Make gloo's reduce-scatter average where FSDP2 asks it to: in torch 2.7 it returns the sum (NCCL averages)."""
+    reduce_scatter = torch.distributed.reduce_scatter_tensor
+
+    def averaged(output: torch.Tensor, input: torch.Tensor, op: Any, **kwargs: Any) -> Any:
+        work = reduce_scatter(output, input, op=op, **kwargs)
+        if op == torch.distributed.ReduceOp.AVG:
+            output /= dist.get_world_size()
+        return work
+
+    torch.distributed.reduce_scatter_tensor = averaged
+
+
 def _call(folder: Path) -> None:
     dist.initialize_dist("cpu")
+    _mend_gloo()
     function, args = pickle.loads((folder / "call").read_bytes())
     (folder / str(dist.get_global_rank())).write_bytes(pickle.dumps(function(*args)))
 

@@ -1,0 +1,7 @@
+"""Callbacks for Composer's trainer."""
+
+from llmfoundry_wesar.callbacks.gate_monitor import GateMonitor
+from llmfoundry_wesar.callbacks.power_iteration import PowerIteration
+from llmfoundry_wesar.callbacks.update_ratio_monitor import UpdateRatioMonitor
+
+__all__ = ["GateMonitor", "PowerIteration", "UpdateRatioMonitor"]

@@ -1,0 +1,73 @@
+"""The gates of the reparameterised layers."""
+
+import math
+import warnings
+
+import torch
+from composer.core import State
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import Tensor
+
+from llmfoundry_wesar.callbacks.interval import IntervalCallback
+from llmfoundry_wesar.callbacks.sharded import named_shards, reparameterized_layers
+
+
+class GateMonitor(IntervalCallback):
+    """Logs the gates, as the forward passes of a due step used them.
+
+    +----------------------+-------------------------------------------------------------------+
+    | Key                  | Logged data                                                       |
+    +======================+===================================================================+
+    | ``gate/MODULE``      | α, of a layer with a single one                                   |
+    +----------------------+-------------------------------------------------------------------+
+    | ``gate/MODULE/mean`` | the mean of the gates of a layer with one for each row or column  |
+    +----------------------+-------------------------------------------------------------------+
+    | ``gate/MODULE/min``  | the least of them                                                 |
+    +----------------------+-------------------------------------------------------------------+
+    | ``gate/MODULE/max``  | the greatest of them                                              |
+    +----------------------+-------------------------------------------------------------------+
+
+    MODULE is the plain module path, as `UpdateRatioMonitor` has it. A value is logged at the number of steps before
+    the due one, so the initial gates are at 0. A due step costs one collective and one transfer to the host, other
+    steps nothing.
+
+    Args:
+        interval: Which steps are due, in Composer's time strings: with "10ba" the steps 0, 10, 20, …
+
+    Raises:
+        ValueError: If `interval` is not a positive time.
+    """
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Warn if there is nothing to log."""
+        if not reparameterized_layers(state.model):
+            warnings.warn("gate_monitor: the model has no gates, so none will be logged.", stacklevel=2)
+
+    @torch.no_grad()
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        """Log the gates of a due step, once FSDP has put the sharded parameters back."""
+        if not self.due(state):
+            return
+        shards = named_shards(state.model)
+        gates = {name: shards[f"{name}.gate"] for name in reparameterized_layers(state.model)}
+        if not gates:
+            return
+        parts = state.device.tensor_to_device(torch.stack([_summary(gate.local) for gate in gates.values()]))
+        totals, minima, maxima = torch.stack(list(dist.all_gather(parts))).cpu().unbind(dim=-1)  # each (ranks, gates)
+        summaries = zip(totals.sum(0).tolist(), minima.amin(0).tolist(), maxima.amax(0).tolist(), strict=True)
+        metrics = {}
+        for (name, gate), (total, least, greatest) in zip(gates.items(), summaries, strict=True):
+            mean = total / (gate.replicas * gate.shape.numel())
+            if gate.shape.numel() == 1:
+                metrics[f"gate/{name}"] = mean
+            else:
+                metrics |= {f"gate/{name}/mean": mean, f"gate/{name}/min": least, f"gate/{name}/max": greatest}
+        logger.log_metrics(metrics)
+
+
+def _summary(local: Tensor) -> Tensor:
+    """The sum, the least and the greatest of this rank's part of a gate, (3,) in float64."""
+    total = local.sum(dtype=torch.float64)
+    extremes = local.double().aminmax() if local.numel() > 0 else (total + math.inf, total - math.inf)
+    return torch.stack([total, *extremes])

@@ -1,0 +1,222 @@
+"""The update ratio of every matrix, measured around the real optimizer step."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from composer.core import State, Time
+from composer.devices import Device
+from composer.loggers import Logger
+from composer.utils import ensure_tuple
+from torch import Tensor, nn
+
+from llmfoundry_wesar.callbacks.interval import IntervalCallback
+from llmfoundry_wesar.callbacks.sharded import (
+    Shard,
+    named_shards,
+    reparameterized_layers,
+    squares,
+    sum_over_ranks,
+    virtual_slices,
+)
+from llmfoundry_wesar.layers import Gated, Reparameterized
+
+METRICS = ("update_ratio", "virtual_update_ratio", "weight_norm", "virtual_weight_norm", "grad_norm")
+
+
+class UpdateRatioMonitor(IntervalCallback):
+    """Logs how far an optimizer step moves each matrix, relative to the matrix.
+
+    Measured for every trainable parameter of two or more dimensions, in any model, around the real step: W is the
+    parameter before it and W' after it, whatever the optimizer, its parameter groups, clipping, schedule or loss
+    scaling did. V is the virtual weight, αW with a gate; ‖·‖ is the Euclidean norm of all elements.
+
+    +---------------------------------+------------------------------------------------------------------+
+    | Key                             | Logged data                                                      |
+    +=================================+==================================================================+
+    | ``update_ratio/MODULE``         | ‖W' - W‖ / ‖W‖; 0 if nothing moved, inf if W was 0 and moved     |
+    +---------------------------------+------------------------------------------------------------------+
+    | ``virtual_update_ratio/MODULE`` | ‖V' - V‖ / ‖V‖, likewise                                         |
+    +---------------------------------+------------------------------------------------------------------+
+    | ``weight_norm/MODULE``          | ‖W‖                                                              |
+    +---------------------------------+------------------------------------------------------------------+
+    | ``virtual_weight_norm/MODULE``  | ‖V‖                                                              |
+    +---------------------------------+------------------------------------------------------------------+
+    | ``grad_norm/MODULE``            | ‖∂L/∂W‖ as handed to the optimizer, thus clipped; 0 without one  |
+    +---------------------------------+------------------------------------------------------------------+
+
+    MODULE is the plain module path, such as ``model.transformer.blocks.11.ffn.down_proj``, the same on one process and
+    under DDP and FSDP; a parameter not called ``weight`` adds its name. Layers that are not reparameterised have no
+    virtual metrics. A value is logged at the number of steps done, as Composer's own monitors do: the first one at 1.
+
+    A due step costs one all-reduce, one transfer to the host and, for the update ratios, a copy of this rank's part of
+    the matrices during the optimizer step. Virtual metrics of a layer whose virtual weight is not αW with a single α
+    gather its matrix on each rank, before and after the step (`virtual_slices`). Other steps cost nothing.
+
+    Args:
+        interval: Which steps are due, in Composer's time strings: with "10ba" the steps 0, 10, 20, …
+        metrics: Those of the table to log.
+        include: A regular expression; only modules in whose path it is found are measured.
+        exclude: A regular expression; modules in whose path it is found are not.
+
+    Raises:
+        ValueError: If an argument is invalid, or when training starts, if an expression fits no matrix or the two
+            leave none.
+    """
+
+    def __init__(
+        self,
+        interval: str | Time = "10ba",
+        metrics: str | Sequence[str] = METRICS,
+        include: str | None = None,
+        exclude: str | None = None,
+    ):
+        super().__init__(interval)
+        self.metrics = ensure_tuple(metrics)
+        if not self.metrics or not set(self.metrics) <= set(METRICS):
+            raise ValueError(f"metrics: {list(self.metrics)}: choose one or more of {', '.join(METRICS)}.")
+        self.include = _compile("include", include)
+        self.exclude = _compile("exclude", exclude)
+        self._step: _Step | None = None
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Check the expressions against the model."""
+        names = [matrix.name for matrix in _matrices(state.model)]
+        for key, pattern in (("include", self.include), ("exclude", self.exclude)):
+            if pattern is not None and not any(map(pattern.search, names)):
+                raise ValueError(f"{key}: {pattern.pattern!r} fits none of the matrices: {', '.join(names)}.")
+        if not any(map(self._selects, names)):
+            raise ValueError("include, exclude: they leave no trainable matrix for update_ratio_monitor.")
+
+    @torch.no_grad()
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        """Keep what a due step is going to change; algorithms have clipped the gradients by now."""
+        if self.due(state):
+            matrices = [matrix for matrix in _matrices(state.model) if self._selects(matrix.name)]
+            self._step = _Step(matrices, self.metrics) if matrices else None
+
+    @torch.no_grad()
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Measure and log the step."""
+        if self._step is not None:
+            logger.log_metrics(self._step.finish(state.device))
+            self._step = None
+
+    def _selects(self, name: str) -> bool:
+        included = self.include is None or self.include.search(name) is not None
+        return included and (self.exclude is None or self.exclude.search(name) is None)
+
+
+def _compile(key: str, pattern: str | None) -> re.Pattern[str] | None:
+    try:
+        return None if pattern is None else re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{key}: {pattern!r} is not a regular expression: {error}.") from error
+
+
+class _Matrix(NamedTuple):
+    name: str
+    weight: Shard
+    gate: Shard | None  # if the virtual weight is αW with a single α
+    layer: Reparameterized | None  # if the virtual weight is anything else but W
+
+
+def _matrices(model: nn.Module) -> list[_Matrix]:
+    """The trainable matrices of a model."""
+    shards = named_shards(model)
+    layers = reparameterized_layers(model)
+    matrices = []
+    for name, shard in shards.items():
+        if not shard.parameter.requires_grad or len(shard.shape) < 2:
+            continue
+        path, _, leaf = name.rpartition(".")
+        is_weight = leaf == "weight" and path != ""
+        layer = layers.get(path) if is_weight else None
+        gate = None
+        if isinstance(layer, Gated) and layer.gate_shape == "scalar":
+            layer, gate = None, shards[f"{path}.gate"]
+        matrices.append(_Matrix(path if is_weight else name, shard, gate, layer))
+    return matrices
+
+
+class _Step:
+    """One optimizer step: what there was before it, and with `finish` the metrics.
+
+    Lists hold the actual weights, then those virtual ones that have to be evaluated. What there is to say about αW
+    follows from ‖W‖, ‖ΔW‖, ⟨ΔW, W⟩ and α.
+    """
+
+    def __init__(self, matrices: list[_Matrix], metrics: tuple[str, ...]):
+        virtual = any(metric.startswith("virtual") for metric in metrics)
+        self.metrics = metrics
+        self.matrices = matrices
+        self.gates = [(i, m.gate) for i, m in enumerate(matrices) if virtual and m.gate is not None]
+        self.layers = [(i, m.layer) for i, m in enumerate(matrices) if virtual and m.layer is not None]
+        weights = self._weights()
+        self.addends = {"weight": squares(weights), "gate": self._gates()}
+        if "grad_norm" in metrics:
+            # Not after the step, since an optimizer may write to gradients (SGD with Nesterov's momentum does).
+            self.addends["grad"] = squares([matrix.weight.local_grad for matrix in matrices])
+        moves = any(metric.endswith("update_ratio") for metric in metrics)
+        self.before = [weight.to(_wide(weight), copy=True) for weight in weights] if moves else None
+
+    def _weights(self) -> list[Tensor]:
+        slices = virtual_slices([(layer, self.matrices[i].weight.unit) for i, layer in self.layers])
+        return [matrix.weight.local for matrix in self.matrices] + slices
+
+    def _gates(self) -> list[Tensor]:
+        """This rank's addend to each scalar gate: its value, or 0 where the shard is empty."""
+        return [gate.local.sum(dtype=torch.float32) for _, gate in self.gates]
+
+    def finish(self, device: Device) -> dict[str, float]:
+        """The metrics of the step by key, after it."""
+        if self.before is not None:
+            after = self._weights()
+            update = self.before
+            torch._foreach_sub_(update, after)  # -ΔW, in the copy's memory  # pyright: ignore
+            self.addends["update"] = squares(update)
+            self.addends["inner"] = [torch.dot(_flat(update[i]), _flat(after[i])) for i, _ in self.gates]
+            self.addends["gate_after"] = self._gates()
+        sums = sum_over_ranks(self.addends, device)
+
+        count = len(self.matrices)
+        gated = [i for i, _ in self.gates]
+        replicas = torch.tensor([m.weight.replicas for m in self.matrices] + [1] * len(self.layers))
+        gate_replicas = torch.tensor([gate.replicas for _, gate in self.gates])
+        weight = sums["weight"] / replicas
+        gate = sums["gate"] / gate_replicas
+        virtual = torch.cat([gate.square() * weight[gated], weight[count:]])
+        values = {"weight_norm": weight[:count].sqrt(), "virtual_weight_norm": virtual.sqrt()}
+        if "grad" in sums:
+            values["grad_norm"] = (sums["grad"] / replicas[:count]).sqrt()
+        if "update" in sums:
+            update = sums["update"] / replicas
+            inner = -sums["inner"] / replicas[gated] - update[gated]  # ⟨ΔW, W'⟩ - ‖ΔW‖² = ⟨ΔW, W⟩
+            gate_after = sums["gate_after"] / gate_replicas
+            move = gate_after - gate
+            # ‖α'W' - αW‖² = ‖α'ΔW + (α' - α)W‖²
+            moved = gate_after.square() * update[gated] + move.square() * weight[gated] + 2 * gate_after * move * inner
+            values["update_ratio"] = _ratio(update[:count], weight[:count])
+            values["virtual_update_ratio"] = _ratio(torch.cat([moved.clamp(min=0), update[count:]]), virtual)
+
+        names = [matrix.name for matrix in self.matrices]
+        virtual_names = [names[i] for i in gated + [i for i, _ in self.layers]]
+        metrics = {}
+        for metric in self.metrics:
+            keys = virtual_names if metric.startswith("virtual") else names
+            metrics.update(zip((f"{metric}/{key}" for key in keys), values[metric].tolist(), strict=True))
+        return metrics
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.flatten().to(_wide(tensor))
+
+
+def _ratio(moved: Tensor, start: Tensor) -> Tensor:
+    """The root of moved / start, and 0 where nothing moved."""
+    return (moved / start).sqrt().masked_fill(moved == 0, 0.0)

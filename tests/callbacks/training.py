@@ -1,0 +1,133 @@
+"""A small model with every kind of layer that the monitors tell apart, and a real trainer around it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from composer import Callback, ComposerModel, DataSpec, Event, Logger, State, Trainer
+from composer.loggers import InMemoryLogger
+from composer.utils import dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, TensorDataset
+
+from llmfoundry_wesar.layers import GatedEmbedding, GatedLinear, WeightNormLinear
+
+BATCH, STEPS = 8, 4
+VOCABULARY, WIDTH = 11, 6
+
+# What the monitors must call the trainable matrices of `Net`, on any number of processes.
+MATRICES = {"net.embedding", *(f"net.blocks.{i}.{name}" for i in (0, 1) for name in ("up", "down")), "net.offset"}
+MATRICES |= {"net.row", "net.norm", "net.head"}
+SCALAR_GATED = {"net.embedding", "net.blocks.0.up", "net.blocks.1.up"}
+VECTOR_GATED = {"net.row", "net.norm"}
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = GatedLinear(WIDTH, 2 * WIDTH + 1, bias=False)
+        self.down = nn.Linear(2 * WIDTH + 1, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = GatedEmbedding(VOCABULARY, WIDTH)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.row = GatedLinear(WIDTH, WIDTH, gate_shape="row")
+        self.norm = WeightNormLinear(WIDTH, WIDTH)
+        self.offset = nn.Parameter(torch.randn(1, WIDTH))
+        self.head = nn.Linear(WIDTH, 3)
+        with torch.no_grad():
+            for layer in self.modules():
+                if isinstance(gate := getattr(layer, "gate", None), nn.Parameter):
+                    gate.uniform_(0.5, 2.0)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids) + self.offset
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(self.row(x)))
+
+    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
+        return isinstance(module, Block)
+
+
+class Regression(ComposerModel):
+    """Mean squared error of a net's output, averaged over the batch."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return self.net(batch[0])
+
+    def loss(self, outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return (outputs.float() - batch[1]).square().mean()
+
+
+def regression(net: Callable[[], nn.Module] = Net) -> Regression:
+    """A model with the same random weights each time."""
+    torch.manual_seed(0)
+    return Regression(net())
+
+
+def train(
+    model: ComposerModel,
+    optimizer: torch.optim.Optimizer,
+    callbacks: list[Callback],
+    steps_per_epoch: int = STEPS,
+    **trainer: Any,
+) -> dict[str, dict[int, float]]:
+    """Train, by default for one epoch, on batches that do not depend on the number of processes.
+
+    Returns:
+        What was logged: key -> {number of finished steps: value}.
+    """
+    random = torch.Generator().manual_seed(1)
+    ids = torch.randint(VOCABULARY, (steps_per_epoch * BATCH,), generator=random)
+    data = TensorDataset(ids, torch.randn(len(ids), 3, generator=random))
+    # Unshuffled, n ranks take every n-th sample: together the batch of one process.
+    loader = DataLoader(data, BATCH // dist.get_world_size(), sampler=dist.get_sampler(data))
+    logger = InMemoryLogger()
+    Trainer(
+        model=model,
+        optimizers=optimizer,
+        train_dataloader=DataSpec(loader, get_num_tokens_in_batch=lambda batch: batch[0].numel()),
+        callbacks=callbacks,
+        loggers=logger,
+        **{"max_duration": "1ep", "device": "cpu", "progress_bar": False, **trainer},
+    ).fit()
+    return {key: {time.batch.value: value for time, value in values} for key, values in logger.data.items()}
+
+
+class Watched(Callback):
+    """Runs a callback, and keeps the names of the operations that each of its events ran on this process's tensors."""
+
+    def __init__(self, callback: Callback):
+        self.callback = callback
+        self.operations: dict[tuple[str, int], list[str]] = {}
+
+    def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        with _Recorder() as recorder:
+            self.callback.run_event(event, state, logger)
+        self.operations[event.value, state.timestamp.batch.value] = recorder.operations
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.operations: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # DTensor turns it into operations on local tensors, which come here again
+        self.operations.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
