@@ -277,7 +277,7 @@ class ComposerWeSaRMPTCausalLM(ComposerMPTCausalLM):
         return WeSaRMPTConfig
 
     def forward(self, batch: MutableMapping) -> CausalLMOutputWithPast:
-        """The logits of a microbatch; one without padding goes without a mask, which frees the attention to be causal."""
+        """The logits of a microbatch. Without padding it goes without a mask: attention need only be causal."""
         return super().forward(drop_full_mask(batch))
 
     def loss(self, outputs: CausalLMOutputWithPast, batch: Mapping) -> dict[str, Tensor] | Tensor:

@@ -1,0 +1,134 @@
+"""The stock trainer on a real data loader, from the YAML that a user starts with."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composer.loggers import InMemoryLogger
+from llmfoundry.command_utils import train_from_yaml
+
+from llmfoundry_wesar.methods import names
+from tests.distributed import REPOSITORY, launch
+
+TINY = [
+    "run_name=tiny",
+    "seed=3",
+    "max_seq_len=16",
+    "max_duration=4ba",
+    "global_train_batch_size=8",
+    "device_train_microbatch_size=4",
+    "device_eval_batch_size=4",
+    "eval_interval=0",
+    "model.d_model=32",
+    "model.n_layers=2",
+    "model.vocab_size=97",
+    "scheduler.t_warmup=2ba",
+    "optimizer.lr=5e-3",
+    "callbacks.update_ratio_monitor.interval=1ba",
+    "callbacks.gate_monitor.interval=1ba",
+    "loggers.inmemory={}",
+    "log_to_console=false",
+]
+
+
+def train(data: Path, log_dir: Path, *overrides: str) -> dict[str, list[tuple[int, float]]]:
+    """Train quickstart.yaml, made tiny, and return what it logged: (step, value) pairs by metric."""
+    paths = [f"variables.data={data}", f"loggers.tensorboard.log_dir={log_dir}"]
+    trainer = train_from_yaml(str(REPOSITORY / "yamls/quickstart.yaml"), [*TINY, *paths, *overrides])
+    [logger] = [d for d in trainer.logger.destinations if isinstance(d, InMemoryLogger)]
+    trainer.close()
+    families = ("loss/train", "gate/", "update_ratio/", "virtual_update_ratio/", "grad_norm/", "weight_norm/")
+    return {
+        key: [(time.batch.value, float(value)) for time, value in pairs]
+        for key, pairs in logger.data.items()
+        if key.startswith(families)
+    }
+
+
+def assert_same(ours: dict[str, list], theirs: dict[str, list], tolerance: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for key, pairs in ours.items():
+        assert [step for step, _ in pairs] == [step for step, _ in theirs[key]], key
+        values = [torch.tensor([value for _, value in run[key]], dtype=torch.float64) for run in (ours, theirs)]
+        torch.testing.assert_close(*values, rtol=tolerance, atol=1e-7, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def train_methods(data: Path, log_dir: Path, methods: list[str], *overrides: str) -> dict[str, Any]:
+    return {method: train(data, log_dir / method, f"variables.method={method}", *overrides) for method in methods}
+
+
+def test_every_method_on_two_fsdp2_processes_logs_what_one_process_does(dataset, tmp_path):
+    """Losses, gates, norms and update ratios of all methods.
+
+    The two add up the same gradients in another order, 1e-7 relative a sum; over four steps 5e-7 was seen, and 1e-5 is
+    allowed. A missing rank or a wrong scale would be off by a factor.
+    """
+    methods = names("method")
+    one = train_methods(dataset, tmp_path / "one", methods, "device_train_microbatch_size=4")
+    sharded = ["fsdp_config.sharding_strategy=FULL_SHARD", "model.init_device=mixed"]
+    two = launch(train_methods, dataset, tmp_path / "two", methods, *sharded, FSDP_VERSION="2", timeout=600)
+    for method in methods:
+        assert len([key for key in one[method] if key.startswith("update_ratio/")]) == 14
+        assert_same(two[0][method], one[method], 1e-5)
+
+
+@pytest.mark.parametrize("method", ["wesar", "sigma_reparam"])
+def test_a_resumed_run_continues_to_the_bit(method, dataset, tmp_path):
+    """Stopped after two batches of four and started again from the checkpoint, with gates and singular vectors."""
+    save = [f"save_folder={tmp_path}/checkpoints", "save_interval=2ba", f"variables.method={method}"]
+    whole = train(dataset, tmp_path / "whole", f"variables.method={method}")
+    train(dataset, tmp_path / "first", "max_duration=2ba", "scheduler.t_max=4ba", *save)
+    [checkpoint] = Path(tmp_path, "checkpoints").glob("*ba2*")
+    rest = train(dataset, tmp_path / "second", f"load_path={checkpoint}", f"variables.method={method}")
+    assert len(rest["loss/train/total"]) == 2
+    assert rest == {key: pairs[2:] for key, pairs in whole.items()}
+
+
+STOCK = """
+import importlib.metadata, json, sys, warnings
+warnings.filterwarnings("ignore")
+import catalogue
+if sys.argv[1] == "without":
+    found = catalogue.AVAILABLE_ENTRY_POINTS
+    found = sum(map(list, found.values()), []) if isinstance(found, dict) else found
+    others = [e for e in found if e.dist.name.replace("-", "_") != "llmfoundry_wesar"]
+    catalogue.AVAILABLE_ENTRY_POINTS = importlib.metadata.EntryPoints(others)
+    sys.modules["llmfoundry_wesar"] = None
+from composer.loggers import InMemoryLogger
+from llmfoundry import registry
+from llmfoundry.command_utils import train_from_yaml
+assert ("wesar" in registry.config_transforms) == (sys.argv[1] == "with")
+trainer = train_from_yaml(sys.argv[2], sys.argv[3:])
+[logger] = [d for d in trainer.logger.destinations if isinstance(d, InMemoryLogger)]
+print("LOSSES", json.dumps([float(value) for _, value in logger.data["loss/train/total"]]))
+"""
+
+
+def test_the_stock_model_does_not_notice_the_plugin(dataset, tmp_path):
+    """The same losses, to the last bit, where the plugin's entry points are seen and where they are not."""
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.merge(OmegaConf.load(REPOSITORY / "yamls/quickstart.yaml"), OmegaConf.from_cli(TINY))
+    for section, keys in {"model": ["z_loss"], "callbacks": ["update_ratio_monitor", "gate_monitor"]}.items():
+        for key in keys:
+            del config[section][key]
+    config.variables = {"data": str(dataset)}
+    config.run_name = "stock"
+    config.loggers = {"inmemory": {}}
+    config.model |= {"name": "mpt_causal_lm", "loss_fn": "torch_crossentropy", "init_config": {"name": "small_init_"}}
+    config.model.attn_config.attn_type = "multihead_attention"
+    config.optimizer = {"name": "decoupled_adamw", "lr": 5e-3}
+    OmegaConf.save(config, tmp_path / "stock.yaml")
+    losses = []
+    for plugin in ("with", "without"):
+        command = [sys.executable, "-c", STOCK, plugin, str(tmp_path / "stock.yaml")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert run.returncode == 0, run.stderr[-4000:]
+        losses.append([line for line in run.stdout.splitlines() if line.startswith("LOSSES")])
+    assert len(losses[0]) == 1
+    assert losses[0] == losses[1]
