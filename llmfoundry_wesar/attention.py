@@ -3,7 +3,7 @@
 Shapes: B sequences, S tokens, H query heads, G key and value heads (G divides H), D width of a head.
 """
 
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -136,7 +136,7 @@ class SDPAttention(GroupedQueryAttention):
         self.attn_fn = flash_or_stock_attention
 
 
-def drop_full_mask(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+def drop_full_mask(batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """A batch without its `attention_mask`, if the mask is known to be all ones; else the batch itself.
 
     Known on the host, and without a look at the mask, which by then is on the device: foundry's collators count each

@@ -1,0 +1,212 @@
+"""The `llmfoundry-wesar` command: one subcommand a tool, each a thin call into its module."""
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Exit, Option, Typer, echo
+
+app = Typer(
+    help="Prepare data for, look into and draw llm-foundry runs with WeSaR.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn the errors that a user can mend into one line and exit code 1."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        echo(f"llmfoundry-wesar: {error}", err=True)
+        raise Exit(1) from None
+
+
+@contextmanager
+def _few_remarks() -> Iterator[None]:
+    """Drop what foundry and transformers remark on every model that they build, whatever it is."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@app.command()
+def inspect(
+    config: Annotated[str, Argument(help="A training YAML.")],
+    overrides: Annotated[list[str] | None, Argument(help="key=value, as for the trainer.")] = None,
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what each matrix of a config's model starts at, and count its parameters, without allocating them."""
+    from llmfoundry_wesar.inspection import inspect_config, load_config
+
+    with one_line_errors():
+        inspection = inspect_config(load_config(config, overrides))
+    echo(json.dumps(inspection.to_dict(), indent=2) if as_json else str(inspection))
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[str], Argument(help="TensorBoard folders of runs, or CSV files from --csv.", metavar="RUN…")],
+    out: Annotated[str, Option(help="The picture: .png, .svg or .pdf.")],
+    figure: Annotated[
+        str,
+        Option(
+            help="The paper's figure: 1 (loss, update ratios of W_d and W_u), 2 (loss), 3 (their norms), 8 (gradient "
+            "norms of a block), 9 (update ratios of a block; for 9 to 12), or gates."
+        ),
+    ] = "1",
+    layer: Annotated[
+        int | None, Option(help="The block, counted from 0 as in the metric keys; the last one, or all for gates.")
+    ] = None,
+    label: Annotated[list[str] | None, Option(help="A run's name, once for each run, in their order.")] = None,
+    smooth: Annotated[int, Option(help="Draw the mean of the last so many points in front of the points.")] = 1,
+    x: Annotated[str, Option(help="step or tokens.")] = "step",
+    csv: Annotated[str | None, Option(help="Write the values shown to this file too; it can be a RUN later.")] = None,
+    table: Annotated[
+        bool, Option("--table", help="Print each run's final loss, and how much faster W_d moves than W_u.")
+    ] = False,
+) -> None:
+    """Draw the paper's figures from the logs of runs."""
+    from llmfoundry_wesar import plot as plotting
+
+    with one_line_errors():
+        drawn = plotting.plot(runs, out, figure, layer, label or (), smooth, x, csv)
+        if table:
+            echo(plotting.table(drawn))
+
+
+def token_count(text: str) -> int:
+    """Read a number with an optional K, M or B."""
+    from streaming.base.util import number_abbrev_to_int
+
+    return number_abbrev_to_int(text)
+
+
+@app.command()
+def data(
+    out: Annotated[Path, Argument(help="A new folder, or that of an interrupted run with the same options.")],
+    source: Annotated[
+        list[str],
+        Option(
+            help="stdlib (the source of this Python's standard library), a .txt or .jsonl file (plain, .xz, .zst or "
+            ".gz), a folder of them, or hf:NAME[:CONFIG] (the train split of a Hugging Face data set, streamed). "
+            "Can be given several times."
+        ),
+    ],
+    sequence_length: Annotated[int, Option(help="Tokens in a sequence.")] = 2048,
+    vocab_size: Annotated[
+        int | None, Option(help="Entries of the BPE tokenizer that is trained. [default: 32000]")
+    ] = None,
+    tokenizer: Annotated[str | None, Option(help="A Hugging Face tokenizer, name or folder, not to train one.")] = None,
+    max_tokens: Annotated[
+        int | None, Option(help="Stop at so many training tokens: 10M, 30B.", parser=token_count, metavar="COUNT")
+    ] = None,
+    val_fraction: Annotated[float, Option(help="Share of the documents that go to val; 0 for none.")] = 0.01,
+    seed: Annotated[int, Option(help="Of the order and of the choice of val.")] = 17,
+    shuffle: Annotated[bool, Option(help="Read files in random order, documents through a shuffle buffer.")] = True,
+    text_key: Annotated[str, Option(help="Field of a .jsonl line or Hugging Face row that holds the text.")] = "text",
+) -> None:
+    """Turn text into a tokenizer and token shards for foundry's text loader.
+
+    For example: llmfoundry-wesar data OUT --source hf:tiiuae/falcon-refinedweb --text-key content --max-tokens 30B
+    --val-fraction 0.0005
+    """
+    from llmfoundry_wesar.data import prepare
+
+    with one_line_errors():
+        splits = prepare(
+            out,
+            source,
+            sequence_length=sequence_length,
+            vocab_size=vocab_size,
+            tokenizer=tokenizer,
+            max_tokens=max_tokens,
+            val_fraction=val_fraction,
+            seed=seed,
+            shuffle=shuffle,
+            text_key=text_key,
+        )
+    for split, sequences in splits.items():
+        echo(f"{out / split}: {sequences:,} sequences of {sequence_length}, {sequences * sequence_length:,} tokens")
+
+
+@app.command()
+def compare(
+    config: Annotated[str, Argument(help="A training YAML.")],
+    methods: Annotated[str, Option(help="Values of variables.method: a,b,…")],
+    seeds: Annotated[str, Option(help="Values of seed, for weights and data order: 1,2,…")],
+    out: Annotated[Path, Option(help="A new folder, or that of a series to go on with.")],
+    overrides: Annotated[list[str] | None, Argument(help="key=value for all runs, as for the trainer.")] = None,
+    vary: Annotated[
+        list[str] | None, Option(help="key=v1,v2,… to run each method and seed with each value. Can be repeated.")
+    ] = None,
+    nproc: Annotated[
+        int | None, Option(min=1, help="Processes of a run, by Composer's launcher. [default: no launcher]")
+    ] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print what would run and what is done.")] = False,
+) -> None:
+    """Train methods under equal conditions, one run after the other, and sum them up.
+
+    Finished runs are kept: the same command goes on where it was stopped, and runs again what failed.
+    """
+    import shlex
+
+    from llmfoundry_wesar.compare import plan, results, run_series
+
+    with one_line_errors():
+        lists = [[value for value in text.split(",") if value] for text in (methods, seeds)]
+        if wrong := [seed for seed in lists[1] if not seed.isdecimal()]:
+            raise ValueError(f"--seeds {seeds}: {wrong[0]!r} is not a whole number")
+        runs = plan(config, lists[0], [int(seed) for seed in lists[1]], out, vary or (), overrides or (), nproc)
+        rows = results(runs, out) if dry_run else run_series(runs, out)
+    status = {row["run"]: row["status"] for row in rows}
+    unfinished = [run for run in runs if status.get(run.name) != "finished"]
+    if dry_run:
+        for run in runs:
+            echo(f"{status.get(run.name, 'not run')}: {run.name}")
+            if run in unfinished:
+                echo(f"  {shlex.join(run.command)}")
+        echo(f"{len(unfinished)} of {len(runs)} runs to do")
+    else:
+        echo(f"{len(runs) - len(unfinished)} of {len(runs)} runs finished, see {out}/table.md and {out}/curves.png")
+        if unfinished:
+            raise Exit(1)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, Argument(help="A Composer checkpoint, whole or sharded, or a save_folder.")],
+    out: Annotated[str, Argument(help="A new folder.")],
+    format: Annotated[
+        str, Option(help="hf (Arcee, or Llama for a GLU, in safetensors) or mpt (for foundry's mpt_causal_lm).")
+    ] = "hf",
+    dtype: Annotated[str, Option(help="float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """Merge the gates of a checkpoint, and everything else that plain models lack, into a plain model."""
+    with one_line_errors(), _few_remarks():
+        from llmfoundry_wesar.export import export
+
+        export(checkpoint, out, format, dtype)  # type: ignore[arg-type]
+
+
+@app.command()
+def reparameterize(
+    model: Annotated[str, Argument(help="A folder from export, or with safetensors of an Arcee, Llama or MPT model.")],
+    out: Annotated[str, Argument(help="A new file, for the trainer's load_path with load_weights_only=true.")],
+    method: Annotated[str, Option(help="The variables.method to continue with.")] = "wesar",
+) -> None:
+    """Turn a plain model into a gated one, the same function, and print the model section that goes with it."""
+    with one_line_errors(), _few_remarks():
+        from omegaconf import OmegaConf
+
+        from llmfoundry_wesar.export import reparameterize
+
+        section = reparameterize(model, out, method)
+    echo(OmegaConf.to_yaml({"model": section}), nl=False)

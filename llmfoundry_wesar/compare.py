@@ -1,0 +1,331 @@
+"""Methods under equal conditions: a series of runs through the stock trainer, one process each, one after the other.
+
+`plan` lists the runs, `run_series` does those that are not done. The folder of a series holds
+
+    runs.csv    a line for each run that ended, see `summary`
+    table.md    the runs of the last call, summed up
+    curves.png  their training losses
+    logs/  tensorboard/  checkpoints/ (if the config saves any), with an entry for each run
+"""
+
+import csv
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from composer.utils.collect_env import get_cpu_model, get_gpu_model
+from tqdm import tqdm
+
+from llmfoundry_wesar.inspection import inspect_config, load_config
+from llmfoundry_wesar.methods import load
+from llmfoundry_wesar.scalars import read_scalars, replacing
+from llmfoundry_wesar.summary import COLUMNS, Row, draw_curves, measure, read_rows, write_table
+
+# What a run is called, where it writes and what it prints; `variables` act through the keys that refer to them.
+_NO_EFFECT = {"autoresume", "console_log_interval", "flatten_metadata", "log_config", "log_to_console", "loggers"}
+_NO_EFFECT |= {"metadata", "progress_bar", "python_log_level", "run_name", "variables"}
+_OURS = ("variables.method", "seed", "train_loader.dataset.shuffle_seed", "run_name", "loggers.tensorboard.log_dir")
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total} runs [{elapsed}<{remaining}]"
+_STOP_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a series.
+
+    Attributes:
+        name: Of its log and of its TensorBoard folder.
+        method: A file of `methods`.
+        variation: `key=value` of every varied key, separated by spaces.
+        seed: Of the trainer and of the data order.
+        config: The training YAML.
+        overrides: What the run changes of it, apart from where it writes.
+        config_hash: Of all in the expanded config that the result may depend on.
+        parameters: Of the model.
+        nproc: Processes that Composer's launcher starts; None to do without it.
+        command: What starts the run.
+    """
+
+    name: str
+    method: str
+    variation: str
+    seed: int
+    config: str
+    overrides: tuple[str, ...]
+    config_hash: str
+    parameters: int
+    nproc: int | None
+    command: tuple[str, ...]
+
+
+def _hash(config: Mapping[str, Any]) -> str:
+    kept = {key: value for key, value in config.items() if key not in _NO_EFFECT and not key.startswith("save_")}
+    # By name too: two methods that come to the same are two lines of a table.
+    text = json.dumps([config["variables"]["method"], kept], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def plan(
+    config: str,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    out: str | Path,
+    vary: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    nproc: int | None = None,
+) -> list[Run]:
+    """Lists the runs of a series, the first seed of everything before the second one of anything.
+
+    Args:
+        config: A training YAML with an `eval_loader`.
+        methods: Values of `variables.method`.
+        seeds: Values of both `seed` and `train_loader.dataset.shuffle_seed`.
+        out: The folder of the series.
+        vary: `key=v1,v2,…` each; every combination is run with each method and seed.
+        overrides: `key=value` for all runs, as for the trainer.
+        nproc: Start so many processes with Composer's launcher. This is no part of the hash.
+
+    Returns:
+        The runs, those that are done included.
+
+    Raises:
+        FileNotFoundError: There is no such YAML.
+        ValueError: An empty list, an unknown method, a key or run that occurs twice, or a config that has no
+            `eval_loader` or that `inspect_config` refuses.
+    """
+    pairs = [text.partition("=") for text in vary]
+    sweeps = [[f"{key}={value}" for value in values.split(",") if value] for key, _, values in pairs]
+    lists = {"methods": methods, "seeds": seeds} | {
+        f"vary {text}": sweep for text, sweep in zip(vary, sweeps, strict=True)
+    }
+    if empty := [option for option, values in lists.items() if not values]:
+        raise ValueError(f"--{empty[0]}: no values; separate them by commas")
+    for method in methods:
+        load("method", method)
+    fixed = {text.partition("=")[0] for text in overrides}
+    key, times = Counter([*_OURS, *(key for key, *_ in pairs), *fixed]).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"{key}: {'compare sets it' if key in _OURS else '--vary sets it'} for each run; leave it out")
+
+    @cache
+    def parameters(*arguments: str) -> int:
+        return inspect_config(load_config(config, list(arguments))).parameters
+
+    out = Path(out).resolve()
+    # What a shell would find may belong to another environment.
+    scripts = Path(sysconfig.get_path("scripts"))
+    launcher = () if nproc is None else (str(scripts / "composer"), "-n", str(nproc), "-c")
+    runs: dict[str, Run] = {}
+    for seed, combination in product(seeds, product(*sweeps, methods)):
+        *varied, method = combination
+        common = [*overrides, *varied, f"variables.method={method}"]
+        own = [*common, f"seed={seed}", f"train_loader.dataset.shuffle_seed={seed}"]
+        expanded = load_config(config, own)
+        if not isinstance(expanded.get("eval_loader"), dict):
+            raise ValueError(f"{config}: eval_loader must be one loader, for the held-out loss")
+        config_hash = _hash(expanded)
+        if config_hash in runs:
+            raise ValueError(f"{' '.join(own)}: this run would be done twice; name each method, seed and value once")
+        short = (re.sub(r"^[^=]*\.", "", text) for text in varied)
+        name = re.sub(r"[^\w.=-]", "_", "-".join([method, *short, f"seed{seed}", config_hash]))
+        where = [f"run_name={name}", f"loggers.tensorboard.log_dir={out / 'tensorboard'}", "log_to_console=true"]
+        where += ["callbacks.speed_monitor.time_unit=seconds", "callbacks.memory_monitor={}"]
+        if expanded.get("save_folder"):
+            where += [f"save_folder={out / 'checkpoints' / name}", "save_overwrite=false", "autoresume=true"]
+        runs[config_hash] = Run(
+            name=name,
+            method=method,
+            variation=" ".join(varied),
+            seed=seed,
+            config=config,
+            overrides=tuple(own),
+            config_hash=config_hash,
+            parameters=parameters(*common),
+            nproc=nproc,
+            command=(*launcher, str(scripts / "llmfoundry"), "train", config, *own, *where),
+        )
+    return list(runs.values())
+
+
+def results(runs: Sequence[Run], out: str | Path) -> list[Row]:
+    """The line of `runs.csv` for each of the runs that ended, in their order; of several, the finished or last one.
+
+    Raises:
+        FileExistsError: The folder holds something that is no series.
+        ValueError: As in `read_rows`.
+    """
+    out = Path(out)
+    if not (out / "runs.csv").exists():
+        if out.exists() and (out.is_file() or any(out.iterdir())):
+            raise FileExistsError(f"{out}: holds something else than a series (it has no runs.csv); name a new folder")
+        return []
+    rows = sorted(read_rows(out / "runs.csv"), key=lambda row: row["status"] == "finished")
+    found = {row["config_hash"]: row for row in rows}
+    return [found[run.config_hash] for run in runs if run.config_hash in found]
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[IO[str]]:
+    """Make the folder if need be, and keep others out of it while this process or a trainer that it started lives."""
+    for name in ("logs", "tensorboard"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    if not (out / "runs.csv").exists():
+        (out / "runs.csv").write_text(",".join(COLUMNS) + "\n")
+    with (out / ".lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise RuntimeError(f"{out}: a series still runs here; wait for it, or end {lock.read()}") from None
+        yield lock
+
+
+def _conditions(nproc: int | None) -> dict[str, str]:
+    root = Path(__file__).parents[1]
+    commit = importlib.metadata.version("llmfoundry_wesar")
+    # In site-packages git would find the repository of a project around it.
+    if (root / ".git").exists():
+        git = ["git", "-C", str(root), "--no-optional-locks", "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or commit
+    packages = ("torch", "mosaicml", "llm-foundry", "llmfoundry_wesar")
+    gpu = torch.cuda.is_available()
+    hardware = f"{nproc or 1} × {get_gpu_model()}" if gpu else f"{os.cpu_count()} × {get_cpu_model()}"
+    return {
+        "commit": commit,
+        "versions": ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages),
+        "hardware": hardware + (f", {nproc} processes" if nproc else ""),
+    }
+
+
+def _progress(log: Path) -> float:
+    """How far the trainer is, by its last line such as `[batch=50/300]:`; within the epoch if it counts those."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 50_000))
+        found = re.findall(rb"^(?:\[epoch=\d+\])?\[\w+=(\d+)/(\d+)\]", file.read(), re.MULTILINE)
+    return int(found[-1][0]) / int(found[-1][1]) if found else 0.0
+
+
+def _train(run: Run, log: Path, lock: IO[str], bar: tqdm) -> tuple[int, float]:
+    """Run the trainer; return its exit code, negative for a signal, and its peak resident set in 10⁹ bytes."""
+    with log.open("w") as output:
+        print("$", shlex.join(run.command), file=output, flush=True)
+        # The lock goes with the trainer, which outlives this process if that is killed.
+        trainer = subprocess.Popen(
+            run.command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=[lock.fileno()],
+        )
+    done = bar.n
+    try:
+        lock.truncate(0)
+        left = f"process {os.getpid()}, or if that is gone process group {trainer.pid}"
+        print(left, end="", file=lock, flush=True)
+        # Popen does not tell how much memory its process took.
+        while not (ended := os.wait4(trainer.pid, os.WNOHANG))[0]:
+            time.sleep(0.5)
+            bar.n = done + _progress(log)
+            bar.refresh()
+    except BaseException:
+        os.killpg(trainer.pid, signal.SIGTERM)
+        try:
+            trainer.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(trainer.pid, signal.SIGKILL)
+        raise
+    trainer.returncode = os.waitstatus_to_exitcode(ended[1])
+    return trainer.returncode, ended[2].ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def _do(run: Run, out: Path, lock: IO[str], bar: tqdm) -> str:
+    """One run from start to its line in `runs.csv`; returns what to tell the user."""
+    if _hash(load_config(run.config, list(run.overrides))) != run.config_hash:
+        raise ValueError(f"{run.config}: this or its method was changed while the series ran; start compare again")
+    log, scalars = out / "logs" / f"{run.name}.txt", out / "tensorboard" / run.name
+    if "autoresume=true" not in run.command:
+        shutil.rmtree(scalars, ignore_errors=True)
+    row: dict[str, Any] = {
+        key: getattr(run, key) for key in ("method", "variation", "seed", "config_hash", "parameters")
+    }
+    row |= {"run": run.name, "status": "failed", **_conditions(run.nproc)}
+    start = time.monotonic()
+    code, row["peak_memory_gb"] = _train(run, log, lock, bar)
+    row["wall_seconds"] = time.monotonic() - start
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}, see {log}"
+    text = f"exit code {code}"
+    if not code:
+        try:
+            row |= measure(read_scalars(scalars))
+            row["status"] = "finished"
+            text = f"held-out loss {row['held_out_loss']:.3f}, {row['wall_seconds']:.0f} s"
+        except (FileNotFoundError, ValueError) as error:
+            text = str(error)
+    with (out / "runs.csv").open("a", newline="", encoding="utf-8") as file:
+        csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+    return f"finished, {text}" if row["status"] == "finished" else f"failed ({text}), see {log}"
+
+
+def run_series(runs: Sequence[Run], out: str | Path) -> list[Row]:
+    """Does those runs of a plan that are not recorded as finished, and sums up all of them.
+
+    A run that fails is recorded, reported and tried again at the next call; one that is killed is only reported; the
+    others go on. A run starts from the beginning, or from its last checkpoint if the config saves any. SIGTERM and
+    ctrl-C stop the present run.
+
+    Args:
+        runs: From `plan`.
+        out: As for `plan`.
+
+    Returns:
+        As `results`: a run that did not finish has status `failed` or no row.
+
+    Raises:
+        FileExistsError: As in `results`.
+        KeyboardInterrupt: On SIGTERM or ctrl-C.
+        RuntimeError: Another series, or a trainer that one left behind, still runs in the folder.
+        ValueError: As in `results`, or the YAML is no longer that of the plan.
+    """
+    out = Path(out).resolve()
+    results(runs, out)
+    on_term = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with _locked(out) as lock:
+            done = [row["run"] for row in results(runs, out) if row["status"] == "finished"]
+            # Without smoothing the remaining time is by the mean of the runs so far. None: no bar off a terminal.
+            with tqdm(total=len(runs), initial=len(done), smoothing=0, bar_format=_BAR, disable=None) as bar:
+                for number, run in enumerate((run for run in runs if run.name not in done), len(done) + 1):
+                    bar.set_description(run.name)
+                    tqdm.write(f"{run.name}: {_do(run, out, lock, bar)}")
+                    bar.n = number
+                    bar.refresh()
+                    write_table(results(runs, out), out / "table.md")
+            rows = results(runs, out)
+            write_table(rows, out / "table.md")
+            if any(row["status"] == "finished" for row in rows):
+                with replacing(out / "curves.png") as partial:
+                    draw_curves(rows, out / "tensorboard").savefig(partial, dpi=200)
+            return rows
+    finally:
+        signal.signal(signal.SIGTERM, on_term)

@@ -1,0 +1,218 @@
+"""What runs came to: the figures of one, and the table and loss curves of many.
+
+`runs.csv` has a line for each run that ended, with `COLUMNS`. It is only ever appended to.
+"""
+
+import csv
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from llmfoundry_wesar.plot import draw
+from llmfoundry_wesar.scalars import Scalars, find_curves, read_scalars, replacing
+
+Row = dict[str, str]
+"""A line of `runs.csv`: column → text, empty where a failed run has no value."""
+
+COLUMNS = {
+    "run": "name of its log and of its TensorBoard folder",
+    "method": "variables.method",
+    "variation": "key=value of every varied key, separated by spaces",
+    "seed": "of the trainer and of the data order",
+    "config_hash": "of all in the expanded config that the result may depend on",
+    "status": "finished or failed",
+    "commit": "of this project, -dirty with uncommitted changes; without a repository its version",
+    "versions": "of the packages",
+    "hardware": "what it ran on",
+    "tokens": "trained on",
+    "final_loss": "training cross-entropy, mean of the last FINAL_BATCHES batches",
+    "held_out_loss": "cross-entropy on eval_loader at the end",
+    "held_out_perplexity": "its exponential",
+    "tokens_per_second": "of training without evaluation, from the end of the first batch to that of the last one",
+    "peak_memory_gb": "in 10⁹ bytes: what torch allocated on rank 0's GPU, else the largest process's resident set",
+    "parameters": "of the model, gates and norms included",
+    "largest_jump": "see largest_jump",
+    "spikes": "see spikes",
+    "wall_seconds": "from start to end of the process",
+}
+
+FINAL_BATCHES = 10
+SPIKE_WINDOW, SPIKE_DEVIATIONS = 128, 6
+JUMP_WINDOW = 16
+
+# Title → column and format.
+_TABLE = {
+    "training loss": ("final_loss", ".3f"),
+    "held-out loss": ("held_out_loss", ".3f"),
+    "perplexity": ("held_out_perplexity", ".2f"),
+    "largest jump": ("largest_jump", ".2f"),
+    "spikes": ("spikes", ".1f"),
+    "memory (GB)": ("peak_memory_gb", ".2f"),
+}
+_BOLD = ("final_loss", "held_out_loss", "held_out_perplexity")
+_BASELINE = "small_init"
+_LOSS, _HELD_OUT = "loss/train/loss", "metrics/eval/LanguageCrossEntropy"
+
+
+def spikes(losses: np.ndarray) -> int:
+    """Number of losses more than 6 standard deviations above the mean of the 128 losses before.
+
+    This is the rule of OLMo-core's `StabilityMonitorCallback`, whose spike score is this number over that of all
+    steps: upward only, population standard deviation, the first 128 steps and a constant loss not judged.
+    """
+    if len(losses) <= SPIKE_WINDOW:
+        return 0
+    before = np.lib.stride_tricks.sliding_window_view(losses[:-1].astype(np.float64), SPIKE_WINDOW)
+    mean, deviation = before.mean(axis=1), before.std(axis=1)
+    return int(np.sum((losses[SPIKE_WINDOW:] > mean + SPIKE_DEVIATIONS * deviation) & (deviation >= 1e-10)))
+
+
+def largest_jump(losses: np.ndarray) -> float:
+    """The largest loss_t − median of the 16 losses before t, in nats; NaN for fewer steps or a loss that is NaN.
+
+    The window is short, so that a jump shows while the loss falls fast.
+    """
+    if len(losses) <= JUMP_WINDOW:
+        return math.nan
+    before = np.lib.stride_tricks.sliding_window_view(losses[:-1].astype(np.float64), JUMP_WINDOW)
+    return float(np.max(losses[JUMP_WINDOW:] - np.median(before, axis=1)))
+
+
+def _losses(scalars: Scalars) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and cross-entropy, as `plot` shows it."""
+    curves = find_curves("", scalars, "loss")
+    if not curves:
+        raise ValueError("logged no training loss")
+    return scalars[curves[0].metric]
+
+
+def measure(scalars: Scalars) -> dict[str, float]:
+    """The columns of `runs.csv` that come from a finished run's metrics.
+
+    Args:
+        scalars: As from `read_scalars`, with `time/train` of Composer's speed monitor in seconds.
+
+    Raises:
+        ValueError: If it logged no training loss, held-out loss, tokens or times.
+    """
+    _, losses = _losses(scalars)
+    if lacking := [key for key in (_HELD_OUT, "time/token", "time/train") if key not in scalars]:
+        raise ValueError(f"logged no {lacking[0]}")
+    held_out = float(scalars[_HELD_OUT][1][-1])
+    steps, seconds = scalars["time/train"]
+    tokens = np.interp(steps, *scalars["time/token"])
+    measured = {
+        "tokens": int(scalars["time/token"][1][-1]),
+        "final_loss": float(losses[-FINAL_BATCHES:].mean(dtype=np.float64)),
+        "held_out_loss": held_out,
+        "held_out_perplexity": float(np.exp(held_out)),
+        "tokens_per_second": float((tokens[-1] - tokens[0]) / (seconds[-1] - seconds[0]))
+        if len(steps) > 1
+        else math.nan,
+        "largest_jump": largest_jump(losses),
+        "spikes": spikes(losses),
+    }
+    if "memory/peak_allocated_mem" in scalars:
+        measured["peak_memory_gb"] = float(scalars["memory/peak_allocated_mem"][1].max())
+    return measured
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Reads a `runs.csv`.
+
+    Raises:
+        ValueError: It has other columns.
+    """
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file)
+        if rows.fieldnames != list(COLUMNS):
+            raise ValueError(f"{path}: its columns are not those of this version; use a new folder")
+        return list(rows)
+
+
+def _mean(values: np.ndarray, form: str) -> str:
+    if not len(values):
+        return "–"
+    return f"{values.mean():{form}}" + (f" ± {values.std(ddof=1):{form}}" if len(values) > 1 else "")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Sums up runs in Markdown: a line for each method and variation, with mean ± sample standard deviation.
+
+    n counts the finished runs, the only ones that go into the other columns. The lowest mean losses are bold. Time is
+    that of a token, in units of the mean of `small_init` with the same variation.
+
+    Args:
+        rows: Lines of `runs.csv`, at most one for each run.
+    """
+    columns = [column for column, _ in _TABLE.values()]
+    groups: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+    for key in dict.fromkeys((row["method"], row["variation"]) for row in rows):
+        finished = [row for row in rows if (row["method"], row["variation"]) == key and row["status"] == "finished"]
+        groups[key] = {
+            column: np.array([float(row[column]) for row in finished])
+            for column in (*columns, "tokens_per_second", "parameters")
+        }
+    means = {column: [group[column].mean() for group in groups.values() if len(group[column])] for column in _BOLD}
+    best = {column: min((mean for mean in means[column] if not math.isnan(mean)), default=None) for column in _BOLD}
+    lines = [["method", "variation", "n", *_TABLE, "time", "parameters"]]
+    lines.append(["---", "---", *["--:"] * (len(lines[0]) - 2)])
+    for (method, variation), group in groups.items():
+        line = [method, variation, str(len(group["parameters"]))]
+        for column, form in _TABLE.values():
+            text = _mean(group[column], form)
+            line.append(f"**{text}**" if len(group[column]) and group[column].mean() == best.get(column) else text)
+        baseline = groups.get((_BASELINE, variation), {}).get("tokens_per_second", np.array([]))
+        time = baseline.mean() / group["tokens_per_second"] if len(baseline) else baseline
+        lines.append([*line, _mean(time, ".2f"), _mean(group["parameters"][:1], ",.0f")])
+    if not any(variation for _, variation in groups):
+        lines = [[line[0], *line[2:]] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def write_table(rows: Sequence[Row], path: str | Path) -> None:
+    """Writes the table and what one must know to read it: definitions, conditions and failed runs."""
+    notes = [
+        f"Mean ± sample standard deviation over n runs; training loss of the last {FINAL_BATCHES} batches; time of a "
+        f"token, {_BASELINE} being 1; memory {COLUMNS['peak_memory_gb']}.",
+        f"Spikes: losses more than {SPIKE_DEVIATIONS} standard deviations above the mean of the {SPIKE_WINDOW} before. "
+        f"Largest jump: of a loss above the median of the {JUMP_WINDOW} before, in nats.",
+    ]
+    for column in ("tokens", "hardware", "commit", "versions"):
+        if values := dict.fromkeys(row[column] for row in rows if row[column]):
+            notes.append(f"{column.capitalize()}: {'; '.join(values)}.")
+    if failed := [row["run"] for row in rows if row["status"] != "finished"]:
+        notes.append(f"Failed: {', '.join(failed)}.")
+    with replacing(path) as partial:
+        partial.write_text(table(rows) + "\n" + "".join(f"- {note}\n" for note in notes), encoding="utf-8")
+
+
+def draw_curves(rows: Sequence[Row], tensorboard: str | Path) -> Figure:
+    """Draws the training loss of each method and variation: the mean over seeds, and each seed faintly behind it.
+
+    Args:
+        rows: As for `table`, at least one of them finished.
+        tensorboard: The folder that holds those of the runs.
+    """
+    seeds: dict[str, list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
+    for row in rows:
+        if row["status"] == "finished":
+            losses = _losses(read_scalars(Path(tensorboard, row["run"])))
+            seeds[f"{row['method']} {row['variation']}".strip()].append(losses)
+    means: dict[str, Scalars] = {
+        name: {_LOSS: (found[0][0], np.mean([losses for _, losses in found], axis=0))} for name, found in seeds.items()
+    }
+    smooth = max(1, max(len(scalars[_LOSS][0]) for scalars in means.values()) // 60)
+    picture = draw("2", means, smooth=smooth)
+    axis = picture.axes[0]
+    axis.autoscale(False)  # `draw` has put the names beside the ends of the lines
+    colours = {line.get_label(): line.get_color() for line in axis.lines}
+    for name, found in seeds.items():
+        for steps, losses in found:
+            colour = colours[f"{name} {_LOSS}"]
+            axis.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.5, zorder=1, label=f"{name} seed")
+    return picture

@@ -1,0 +1,248 @@
+"""Series of runs: what is planned, and that an interrupted series ends like an uninterrupted one."""
+
+import fcntl
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from streaming import MDSWriter
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from llmfoundry_wesar.cli import app
+from llmfoundry_wesar.compare import plan, results, run_series
+from llmfoundry_wesar.scalars import read_scalars
+from llmfoundry_wesar.summary import read_rows, table
+
+CONFIG = str(Path(__file__).parents[1] / "yamls/quickstart.yaml")
+LENGTH, VOCABULARY, BATCHES = 16, 64, 4
+# The quickstart with a model of two blocks, d = 32.
+TINY = [f"max_seq_len={LENGTH}", f"max_duration={BATCHES}ba", "console_log_interval=1ba", "scheduler.t_warmup=2ba"]
+TINY += ["model.d_model=32", "model.n_layers=2", "model.n_heads=2", f"model.vocab_size={VOCABULARY}"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    """Token shards and a tokenizer, as `llmfoundry-wesar data` writes them."""
+    out = tmp_path_factory.mktemp("data")
+    random = np.random.default_rng(0)
+    for split, sequences in {"train": 16 * BATCHES, "val": 8}.items():
+        with MDSWriter(out=str(out / split), columns={"tokens": "ndarray:int32"}) as writer:
+            for _ in range(sequences):
+                writer.write({"tokens": random.integers(VOCABULARY, size=LENGTH, dtype=np.int32)})
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0").save_pretrained(out / "tokenizer")
+    return str(out)
+
+
+def make(out, methods=("wesar",), seeds=(1,), vary=(), overrides=(), **options):
+    return plan(CONFIG, methods, seeds, out, vary, [*TINY, *overrides], **options)
+
+
+def test_plan_has_every_combination_and_the_first_seed_of_all_first(tmp_path):
+    vary = ["optimizer.lr=1e-3,2e-3", "model.init_config.sigma=0.01,0.02"]
+    runs = make(tmp_path, ["wesar", "weight_norm"], [3, 5], vary)
+    assert [run.seed for run in runs] == [3] * 8 + [5] * 8
+    assert [run.method for run in runs] == ["wesar", "weight_norm"] * 8
+    expected = {f"optimizer.lr={lr} model.init_config.sigma={s}" for lr in ("1e-3", "2e-3") for s in (0.01, 0.02)}
+    assert {run.variation for run in runs} == expected
+    assert len({run.name for run in runs}) == len({run.config_hash for run in runs}) == 16
+    # One draw of the data order and the weights for each seed, whatever the method and variation.
+    for run in runs:
+        assert {f"seed={run.seed}", f"train_loader.dataset.shuffle_seed={run.seed}"} <= set(run.command)
+        assert {f"variables.method={run.method}", *run.variation.split()} <= set(run.command)
+
+
+def test_hash_depends_on_what_changes_the_result_and_on_nothing_else(tmp_path):
+    (run,) = make(tmp_path / "a")
+    silent = ["progress_bar=true", "console_log_interval=7ba", "loggers.tensorboard.flush_interval=3", "save_folder=x"]
+    for (same,) in (make(tmp_path / "b"), make(tmp_path / "a", overrides=silent), make(tmp_path / "a", nproc=2)):
+        assert same.config_hash == run.config_hash and same.name == run.name
+    others = [
+        make(tmp_path, overrides=["optimizer.lr=2e-3"]),
+        make(tmp_path, overrides=["variables.data=elsewhere"]),
+        make(tmp_path, overrides=["model.init_config.sigma=0.01"]),  # a key that only the expanded config has
+        make(tmp_path, seeds=[2]),
+        make(tmp_path, ["wesar_small"]),
+    ]
+    assert len({run.config_hash, *(other.config_hash for (other,) in others)}) == 1 + len(others)
+
+
+def test_commands_are_the_stock_ones(tmp_path):
+    (run,) = make(tmp_path)
+    assert [Path(run.command[0]).name, *run.command[1:3]] == ["llmfoundry", "train", CONFIG]
+    (run,) = make(tmp_path, overrides=["save_folder=x"], nproc=2)
+    composer, *arguments = run.command[:4]
+    assert Path(composer).name == "composer" and arguments == ["-n", "2", "-c"]
+    # Checkpoints go where no other run's are, and a stopped run goes on from them.
+    assert run.command[-3:] == (
+        f"save_folder={tmp_path}/checkpoints/{run.name}",
+        "save_overwrite=false",
+        "autoresume=true",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"methods": ["wesar", "foo"]}, "variables.method: 'foo' is not known"),
+        ({"methods": []}, "--methods: no values"),
+        ({"seeds": []}, "--seeds: no values"),
+        ({"vary": ["optimizer.lr="]}, "--vary optimizer.lr=: no values"),
+        ({"methods": ["wesar", "wesar"]}, "done twice"),
+        ({"vary": ["optimizer.lr=1e-3,0.001"]}, "done twice"),
+        ({"overrides": ["seed=3"]}, "seed: compare sets it"),
+        ({"vary": ["optimizer.lr=1e-3"], "overrides": ["optimizer.lr=1e-3"]}, "optimizer.lr: --vary sets it"),
+        ({"overrides": ["eval_loader=null"]}, "eval_loader must be one loader"),
+        ({"overrides": ["model.n_heads=5"]}, "n_heads"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(FileExistsError, match=r"no runs\.csv"):
+        run_series(make(tmp_path), tmp_path)
+    (tmp_path / "runs.csv").write_text("method,loss\n")
+    with pytest.raises(ValueError, match="columns"):
+        run_series(make(tmp_path), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs.csv", "thesis.tex"]
+
+
+def test_a_config_that_changes_under_a_series_stops_it(tmp_path):
+    """Otherwise a run would be recorded under the hash of another one."""
+    (tmp_path / "train.yaml").write_text(Path(CONFIG).read_text())
+    runs = plan(str(tmp_path / "train.yaml"), ["wesar"], [1], tmp_path / "out", overrides=TINY)
+    (tmp_path / "train.yaml").write_text(Path(CONFIG).read_text().replace("weight_decay: 0.01", "weight_decay: 0.02"))
+    with pytest.raises(ValueError, match="changed while the series ran"):
+        run_series(runs, tmp_path / "out")
+    assert read_rows(tmp_path / "out/runs.csv") == []
+
+
+def wait_for(condition, seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def trainer_in(out: Path) -> int:
+    """The trainer's process id, by the file that holds the lock."""
+    return int((out / ".lock").read_text().split()[-1])
+
+
+def unlocked(out: Path) -> bool:
+    with (out / ".lock").open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def test_an_interrupted_series_ends_as_if_it_had_not_been(tmp_path, data):
+    """Four runs of seconds: one finished, one killed and stopped before it is done, one that fails."""
+    out = tmp_path / "out"
+    overrides = [*TINY, f"variables.data={data}"]
+    arguments = ["compare", CONFIG, *overrides, "--methods", "small_init", "--seeds", "1", "--out", str(out), "--vary"]
+    first, second = plan(CONFIG, ["small_init"], [1], out, ["optimizer.lr=1e-3,2e-3"], overrides)
+    log = out / "logs" / f"{second.name}.txt"
+
+    # The tool is killed while the second trainer runs, which goes on and keeps the folder locked.
+    command = [
+        sys.executable,
+        "-c",
+        "from llmfoundry_wesar.cli import app; app()",
+        *arguments,
+        "optimizer.lr=1e-3,2e-3",
+    ]
+    tool = subprocess.Popen(command)
+    wait_for(lambda: tool.poll() is not None or (log.exists() and "[batch=1/" in log.read_text()))
+    tool.kill()
+    assert tool.wait() == -signal.SIGKILL
+    trainer = trainer_in(out)
+    with pytest.raises(RuntimeError, match=f"still runs here; .* process group {trainer}"):
+        run_series([first, second], out)
+    os.killpg(trainer, signal.SIGKILL)
+    wait_for(lambda: unlocked(out))
+    (row,) = read_rows(out / "runs.csv")
+    assert row["run"] == first.name and row["status"] == "finished"
+    kept = {path: path.stat().st_mtime_ns for path in (out / "tensorboard" / first.name).iterdir()}
+    # Whatever the killed run logged must not be taken for the new run's.
+    partial = out / "tensorboard" / second.name / "events.out.tfevents.0.partial"
+    partial.parent.mkdir(exist_ok=True)
+    partial.touch()
+
+    # SIGTERM stops the trainer too.
+    log.unlink()
+
+    def stop() -> None:
+        wait_for(log.exists)
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_series([first, second], out)
+    with pytest.raises(ProcessLookupError):
+        os.kill(trainer_in(out), 0)
+    assert read_rows(out / "runs.csv") == [row]
+
+    # The rest, with a run before it that the optimizer refuses.
+    arguments.append("optimizer.lr=1e-3,-1,2e-3")
+    ended = CliRunner().invoke(app, arguments)
+    assert ended.exit_code == 1 and "2 of 3 runs finished" in ended.output
+    rows = read_rows(out / "runs.csv")
+    assert rows[0] == row and [row["status"] for row in rows] == ["finished", "failed", "finished"]
+    failed_log = out / "logs" / f"{rows[1]['run']}.txt"
+    assert f"failed (exit code 1), see {failed_log}" in ended.output
+    assert "Invalid learning rate" in failed_log.read_text()
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept and not partial.exists()
+
+    # What is recorded is what was logged.
+    assert rows[2]["run"] == second.name and rows[2]["config_hash"] == second.config_hash
+    logged = [read_scalars(out / "tensorboard" / run.name) for run in (first, second)]
+    steps, losses = logged[1]["loss/train/loss"]
+    assert len(steps) == BATCHES
+    assert float(rows[2]["final_loss"]) == pytest.approx(np.mean(losses), rel=1e-6)
+    assert float(rows[2]["held_out_loss"]) == logged[1]["metrics/eval/LanguageCrossEntropy"][1][-1]
+    assert int(rows[2]["tokens"]) == 16 * LENGTH * BATCHES
+    # d = 32, N = 2, V = 64: embedding and W_p, 12 d² a block, five RMSNorms of width d.
+    assert int(rows[2]["parameters"]) == 2 * 64 * 32 + 2 * 12 * 32**2 + 5 * 32
+    assert 0 < float(rows[2]["tokens_per_second"]) < math.inf and 0.1 < float(rows[2]["peak_memory_gb"]) < 50
+    # One seed: the same weights and the same first batch, to the last bit, whatever the learning rate.
+    assert logged[0]["loss/train/loss"][1][0] == losses[0]
+    assert logged[0]["loss/train/loss"][1][-1] != losses[-1]
+    assert (out / "table.md").read_text().startswith(table(rows))
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    # With nothing left to do, nothing is done.
+    before = (out / "runs.csv").read_bytes()
+    assert run_series([first, second], out) == [rows[0], rows[2]]
+    assert (out / "runs.csv").read_bytes() == before
+    arguments += ["--dry-run"]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0 and f"finished: {second.name}\n" in shown.output
+    assert f"failed: {rows[1]['run']}\n" in shown.output and "1 of 3 runs to do" in shown.output
+
+
+def test_a_killed_run_is_reported_without_a_row(tmp_path, capsys):
+    """A trainer that a signal ends says nothing about its method."""
+    (run,) = make(tmp_path / "out")
+    command = (sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    assert run_series([replace(run, command=command)], tmp_path / "out") == []
+    assert f"{run.name}: killed by SIGKILL" in capsys.readouterr().out
+    assert read_rows(tmp_path / "out/runs.csv") == results([run], tmp_path / "out") == []
