@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from llmfoundry.layers_registry import fcs
 from llmfoundry.models.layers.blocks import MPTBlock
-from llmfoundry.models.layers.layer_builders import build_fc, build_norm
+from llmfoundry.models.layers.layer_builders import build_norm
 from llmfoundry.models.mpt.configuration_mpt import MPTConfig
 from llmfoundry.models.mpt.modeling_mpt import ComposerMPTCausalLM, MPTForCausalLM, MPTModel
 from torch import Tensor, nn
@@ -16,11 +16,27 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from llmfoundry_wesar.attention import drop_full_mask
 from llmfoundry_wesar.initialization import ROLES, activation_gain, assign_roles, check_init_config
-from llmfoundry_wesar.layers import EMBEDDINGS, Reparameterized
-from llmfoundry_wesar.losses import cross_entropy
+from llmfoundry_wesar.layers import EMBEDDINGS, GatedLinear, Reparameterized, WeightNormLinear
+from llmfoundry_wesar.losses import LossHead, LossLinear, LossTerms, cross_entropy
 
 # Init functions that draw each matrix by its role; the first is for reparameterised layers, the second for plain ones.
 _ROLE_INITS = ("wesar_", "he_init_")
+
+
+class GatedLossHead(LossHead, GatedLinear):
+    """`GatedLinear` as a `LossHead`."""
+
+
+class WeightNormLossHead(LossHead, WeightNormLinear):
+    """`WeightNormLinear` as a `LossHead`."""
+
+
+# σReparam's power iteration belongs to its own forward, which a loss head replaces.
+_LOSS_HEADS: dict[type[nn.Module], type[LossHead]] = {
+    nn.Linear: LossLinear,
+    GatedLinear: GatedLossHead,
+    WeightNormLinear: WeightNormLossHead,
+}
 
 
 class WeSaRMPTConfig(MPTConfig):
@@ -33,6 +49,7 @@ class WeSaRMPTConfig(MPTConfig):
         embedding_norm: Put a norm of `norm_type` on the embedding (Le Scao et al. 2022).
         residual_scaling: Multiply every residual branch by 1/√2N (Noci et al. 2022; paper, appendix C.3).
         norm_placement: `pre`, or `post` for Post-LN.
+        fused_loss: Compute W_p's product and the loss together in training, so that the logits never exist as a whole.
         **kwargs: As for `MPTConfig`.
 
     Raises:
@@ -46,6 +63,7 @@ class WeSaRMPTConfig(MPTConfig):
         embedding_norm: bool = False,
         residual_scaling: bool = False,
         norm_placement: str = "pre",
+        fused_loss: bool = False,
         **kwargs: Any,
     ):
         self.z_loss = z_loss
@@ -53,6 +71,7 @@ class WeSaRMPTConfig(MPTConfig):
         self.embedding_norm = embedding_norm
         self.residual_scaling = residual_scaling
         self.norm_placement = norm_placement
+        self.fused_loss = fused_loss
         super().__init__(**kwargs)
 
     @property
@@ -97,6 +116,14 @@ class WeSaRMPTConfig(MPTConfig):
             raise ValueError(
                 f"model.fc_type.name: {self.fc_type['name']!r} is not one of {', '.join(sorted(fcs.get_all()))}."
             )
+        if self.fused_loss:
+            for key in ("tie_word_embeddings", "logit_scale", "final_logit_softcapping"):
+                if getattr(self, key):
+                    raise ValueError(f"model.fused_loss: true does not go with {key}: {getattr(self, key)}; drop one.")
+            if self.fc_class not in _LOSS_HEADS:
+                raise ValueError(
+                    f"model.fused_loss: true does not go with fc_type.name: {self.fc_type['name']}; set it to false."
+                )
         reparameterized = issubclass(self.fc_class, Reparameterized)
         init = self.init_config["name"]
         if reparameterized and init != "wesar_":
@@ -222,11 +249,20 @@ class WeSaRMPTForCausalLM(MPTForCausalLM):
         super().__init__(config)
         if self.lm_head is not None:
             options = {**config.fc_type, "bias": False, "device": config.init_device}
-            self.lm_head = build_fc(config.fc_type["name"], config.d_model, config.vocab_size, options)
-            self.lm_head._fsdp_wrap = True
-            self.lm_head.role = ROLES["lm_head"]
+            del options["name"]
+            head_class = _LOSS_HEADS[config.fc_class] if config.fused_loss else config.fc_class
+            self.lm_head = head_class(config.d_model, config.vocab_size, **options)
+            self.lm_head._fsdp_wrap = True  # type: ignore[assignment]
+            self.lm_head.role = ROLES["lm_head"]  # type: ignore[assignment]
             if config.init_device != "meta":
                 self.lm_head.apply(self.param_init_fn)
+
+    def forward(self, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> CausalLMOutputWithPast | LossTerms:
+        """As `MPTForCausalLM.forward`; with `targets`, which `fused_loss` allows, the loss instead of logits."""
+        if targets is None:
+            return super().forward(*args, **kwargs)
+        assert self.lm_head is not None
+        return self.lm_head(self.transformer(*args, **kwargs).last_hidden_state, targets, self.config.z_loss)
 
     @property
     def backbone_model_class(self) -> type[MPTModel]:
@@ -264,6 +300,8 @@ class ComposerWeSaRMPTCausalLM(ComposerMPTCausalLM):
             )
         if kwargs.get("z_loss") and loss_fn != "torch_crossentropy":
             raise ValueError(f"model.loss_fn: {loss_fn} has no z-loss; set model.loss_fn: torch_crossentropy.")
+        if kwargs.get("fused_loss") and kwargs.get("use_train_metrics", True):
+            raise ValueError("model.fused_loss: true leaves no logits for metrics: set model.use_train_metrics: false.")
         super().__init__(tokenizer=tokenizer, loss_fn=loss_fn, **kwargs)
 
     @property
@@ -276,14 +314,26 @@ class ComposerWeSaRMPTCausalLM(ComposerMPTCausalLM):
         """The config of `model_class`."""
         return WeSaRMPTConfig
 
-    def forward(self, batch: MutableMapping) -> CausalLMOutputWithPast:
-        """The logits of a microbatch. Without padding it goes without a mask: attention need only be causal."""
-        return super().forward(drop_full_mask(batch))
+    def forward(self, batch: MutableMapping) -> CausalLMOutputWithPast | LossTerms:  # type: ignore[override]
+        """The logits of a microbatch, or in training its loss, if that is fused with W_p.
 
-    def loss(self, outputs: CausalLMOutputWithPast, batch: Mapping) -> dict[str, Tensor] | Tensor:
+        A microbatch without padding goes without a mask: attention need only be causal.
+        """
+        batch = drop_full_mask(batch)
+        if not (self.training and self.config.fused_loss):
+            return super().forward(batch)
+        inputs = ("input_ids", "attention_mask", "sequence_id", "inputs_embeds", "position_ids")
+        return self.model(**{key: batch.get(key) for key in inputs}, targets=self.get_targets(batch))
+
+    def loss(self, outputs: CausalLMOutputWithPast | LossTerms, batch: Mapping) -> dict[str, Tensor] | Tensor:  # type: ignore[override]
         """The loss of a microbatch; see the class."""
-        if not self.config.z_loss:
+        if isinstance(outputs, LossTerms):
+            terms = outputs
+        elif self.config.z_loss:
+            assert isinstance(outputs.logits, Tensor)
+            terms = cross_entropy(outputs.logits, self.get_targets(batch), self.config.z_loss)
+        else:
             return super().loss(outputs, batch)
-        assert isinstance(outputs.logits, Tensor)
-        terms = cross_entropy(outputs.logits, self.get_targets(batch), self.config.z_loss)
+        if not self.config.z_loss:
+            return terms.total
         return {"total": terms.total, "loss": terms.cross_entropy, "z_loss": terms.z_loss}

@@ -151,6 +151,24 @@ def test_z_loss_by_hand_with_masked_tokens():
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 0.02])
+@pytest.mark.parametrize("method", ["small_init", "wesar", "weight_norm"])
+def test_fused_loss_is_the_loss(method, z_loss):
+    """Fused with W_p or from logits: the same loss and gradients, but for the order of sums; evaluation has logits."""
+    fused, plain = (build(method, z_loss=z_loss, fused_loss=f, use_train_metrics=False) for f in (True, False))
+    data = batch()
+    data["labels"][0, 5:9] = -100
+    results = []
+    for model in (fused, plain):
+        loss = model.loss(model.train()(data), data)
+        total = loss["total"] if z_loss else loss
+        total.backward()
+        results.append([total, *(p.grad for p in model.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+    assert torch.equal(logits(fused), logits(plain))
+
+
 @pytest.mark.parametrize(
     "attention",
     [
@@ -195,6 +213,8 @@ def test_counts_of_parameters_and_flops_are_foundrys():
         ({"tie_word_embeddings": True}, "tie_word_embeddings: true.*set it to false"),
         ({"z_loss": -1.0}, "z_loss: -1.0 is not a number"),
         ({"z_loss": 1e-4, "loss_fn": "fused_crossentropy"}, "loss_fn: fused_crossentropy has no z-loss"),
+        ({"fused_loss": True}, "fused_loss: true leaves no logits.*use_train_metrics: false"),
+        ({"fused_loss": True, "use_train_metrics": False, "logit_scale": 0.5}, "fused_loss: true.*logit_scale: 0.5"),
         ({"norm_placement": "sandwich"}, "norm_placement: 'sandwich' is not one of pre, post"),
         ({"ffn_config": {"ffn_type": "torch_dmoe"}}, "ffn_config.ffn_type: torch_dmoe.*mptmlp or mptglu"),
         ({"attn_config": {"rope": False}, "learned_pos_emb": True}, "learned_pos_emb: true.*rope: true"),
