@@ -12,7 +12,7 @@ quickstart: $(VENV)/ready
 	llmfoundry-wesar data data/stdlib --source stdlib --vocab-size 4096 --sequence-length 256 --val-fraction 0.03
 	llmfoundry train yamls/quickstart.yaml variables.method=small_init
 	llmfoundry train yamls/quickstart.yaml variables.method=wesar
-	llmfoundry-wesar plot runs/quickstart-small_init runs/quickstart-wesar --table --out quickstart.png
+	llmfoundry-wesar plot runs/quickstart-small_init runs/quickstart-wesar --table --out runs/quickstart.png
 
 test: $(VENV)/ready
 	pytest
