@@ -1,0 +1,153 @@
+"""Readings, and a row for each measurement in a CSV."""
+
+import csv
+import datetime
+import importlib.metadata
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from composer.utils.collect_env import get_cpu_model
+from tqdm import tqdm
+
+_PACKAGES = ("torch", "mosaicml", "llm-foundry", "llmfoundry_wesar")
+_WHAT = ("suite", "name", "variant", "unit")
+_NUMBERS = ("n", "median", "p10", "p90", "ratio", "ratio_low", "ratio_high")
+_HOW = ("dtype", "shape", "compiled", "note", "device", "hardware", *_PACKAGES, "commit", "command", "date")
+COLUMNS = (*_WHAT, *_NUMBERS, *_HOW)
+_WARMUP, _FEWEST_ROUNDS, _MOST_ROUNDS = 3, 6, 400
+
+Function = Callable[[], object]
+Readings = Sequence[float] | np.ndarray
+
+
+def ratio(values: Readings, baseline: Readings) -> list[float]:
+    """The median of the pairs' ratios, and from 6 pairs on its 95% interval by order statistics.
+
+    Readings that were not taken in pairs, and so differ in number, give the ratio of the medians alone.
+    """
+    if len(values) != len(baseline):
+        return [np.median(values) / np.median(baseline)]
+    ratios = np.sort(np.divide(values, baseline))
+    n = len(ratios)
+    if n < 6:
+        return [np.median(ratios)]
+    rank = int(n / 2 - 0.98 * n**0.5)
+    return [np.median(ratios), ratios[rank], ratios[-1 - rank]]
+
+
+class Recorder:
+    """Measures on one device, and appends a row to a CSV as soon as it is known.
+
+    Args:
+        path: The CSV.
+        device: `cpu` or `cuda`.
+        commit: That of the code, where there is no git repository to ask.
+
+    Raises:
+        ValueError: If there is no commit to name, or the file has other columns.
+    """
+
+    def __init__(self, path: Path, device: str, commit: str | None = None):
+        if commit is None:
+            git = ["git", "-C", str(Path(__file__).parent), "--no-optional-locks", "describe", "--always", "--dirty"]
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        if not commit:
+            raise ValueError("--commit: a result names its commit, and here is no git repository to ask.")
+        cpu = f"{os.cpu_count()} × {get_cpu_model()}, {torch.get_num_threads()} threads"
+        self.path, self.device = path, device
+        self.dtype = "amp_bf16" if device == "cuda" else "fp32"
+        self.row: dict[str, Any] = {package: importlib.metadata.version(package) for package in _PACKAGES} | {
+            "device": device,
+            "hardware": torch.cuda.get_device_name() if device == "cuda" else cpu,
+            "commit": commit,
+            "command": shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            path.write_text(",".join(COLUMNS) + "\n")
+        if path.read_text().partition("\n")[0] != ",".join(COLUMNS):
+            raise ValueError(f"--out: {path} has other columns than these results; choose another file.")
+
+    def about(self, **row: Any) -> None:
+        """Set what the rows to come have in common: suite, name, dtype, shape, compiled."""
+        self.row |= row
+
+    def add(self, values: Readings, baseline: Readings = (), **row: Any) -> None:
+        """Append one measurement.
+
+        Args:
+            values: The readings. If there are none, `note` says why; by default that a CPU does not give them.
+            baseline: The plain variant's, each taken beside the one in `values` if there are as many.
+            **row: variant, unit; note; what differs from `about`.
+        """
+        numbers: list[float] = [len(values)]
+        if len(values):
+            numbers += [float(x) for x in np.percentile(values, [50, 10, 90])]
+            numbers += [float(x) for x in ratio(values, baseline)] if len(baseline) else []
+        cells = {key: f"{number:.8g}" for key, number in zip(_NUMBERS, numbers, strict=False)}
+        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        row = {"note": "" if len(values) else "not measured on a CPU"} | self.row | row | cells | {"date": date}
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+        mode = "compiled" if row["compiled"] else "eager"
+        print(*(row[key] for key in _WHAT), mode, row["dtype"], cells, row["note"], sep=" | ", flush=True)
+
+    def compare(self, functions: Mapping[str, Function], seconds: float, held: Mapping[str, int] | None = None) -> None:
+        """Time functions in turn, take their peak memory, and add the rows; the first one is the baseline.
+
+        Rounds run A B C and C B A alternately, so that a linear drift of the clock rate cancels within two.
+
+        Args:
+            functions: By variant.
+            seconds: When to stop, after warm-up.
+            held: Bytes that a variant holds between calls, and that count towards its peak.
+        """
+        for function in functions.values():
+            for _ in range(_WARMUP):
+                function()
+        times: dict[str, list[float]] = {variant: [] for variant in functions}
+        start = time.monotonic()
+        with tqdm(desc=f"{self.row['suite']} {self.row['name']}", unit="round", mininterval=5) as bar:
+            while bar.n < _FEWEST_ROUNDS or (time.monotonic() - start < seconds and bar.n < _MOST_ROUNDS):
+                for variant in list(functions)[:: 1 if bar.n % 2 == 0 else -1]:
+                    times[variant].append(self.milliseconds(functions[variant]))
+                bar.update()
+        peaks = {variant: self.peak(functions[variant], (held or {}).get(variant, 0)) for variant in functions}
+        for unit, readings in {"ms": times, "GiB at peak": peaks}.items():
+            for variant, values in readings.items():
+                self.add(values, next(iter(readings.values())), variant=variant, unit=unit)
+
+    def milliseconds(self, function: Function) -> float:
+        """How long one call takes, from an idle device until the device is idle again."""
+        if self.device == "cpu":
+            start = time.perf_counter()
+            function()
+            return (time.perf_counter() - start) * 1e3
+        torch.cuda.synchronize()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    def allocated(self) -> int:
+        """Bytes in tensors on a GPU; 0 on a CPU."""
+        return torch.cuda.memory_allocated() if self.device == "cuda" else 0
+
+    def peak(self, function: Function, held: int) -> list[float]:
+        """The most that one call has allocated at once, plus `held`, in GiB; nothing on a CPU."""
+        if self.device == "cpu":
+            return []
+        torch.cuda.reset_peak_memory_stats()
+        before = self.allocated()
+        function()
+        return [(torch.cuda.max_memory_allocated() - before + held) / 2**30]

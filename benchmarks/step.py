@@ -1,0 +1,81 @@
+"""Time and peak memory of a training step of the compared methods, over the plain model's."""
+
+import gc
+from typing import Any
+
+import torch
+import torch._dynamo
+from llmfoundry.utils.builders import build_optimizer
+
+from benchmarks.record import Recorder
+from benchmarks.sizes import load, shape
+from llmfoundry_wesar.layers import SpectrallyNormalized
+from llmfoundry_wesar.model import ComposerWeSaRMPTCausalLM
+
+METHODS = ("small_init", "wesar", "weight_norm", "sigma_reparam", "residual_scaling_he")
+
+
+class _Training:
+    """A model, its optimizer and one microbatch; a call is a training step on that."""
+
+    def __init__(self, recorder: Recorder, config: dict[str, Any], compiled: bool):
+        before = recorder.allocated()
+        model = {**config["model"], "init_device": recorder.device}
+        del model["name"]
+        self.model = ComposerWeSaRMPTCausalLM(**model).to(recorder.device).train()
+        self.spectral = [module for module in self.model.modules() if isinstance(module, SpectrallyNormalized)]
+        # Nothing here learns; a small rate keeps the numbers, and with them a GPU's power draw, ordinary.
+        optimizer = {**config["optimizer"], "lr": 1e-6, "fused": True}
+        self.optimizer = build_optimizer(self.model, optimizer.pop("name"), optimizer)
+        tokens = (config["device_train_microbatch_size"], config["max_seq_len"])
+        ids = torch.randint(model["vocab_size"], tokens, device=recorder.device)
+        self.batch = {"input_ids": ids, "labels": ids.clone()}
+        self.autocast = torch.autocast(recorder.device, torch.bfloat16, enabled=recorder.dtype == "amp_bf16")
+        if compiled:
+            # Module by module: all blocks share one compilation; a whole model would take minutes for each method.
+            transformer, head = self.model.model.transformer, self.model.model.lm_head
+            for module in (transformer.wte, *transformer.blocks, transformer.norm_f, head):
+                module.compile()
+        self()
+        self.held = recorder.allocated() - before
+
+    def __call__(self) -> None:
+        for module in self.spectral:
+            module.iterate = True  # as the callback power_iteration does
+        with self.autocast:
+            loss = self.model.loss(self.model(self.batch), self.batch)["total"]
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def run(recorder: Recorder, size: str, compiled: bool, seconds: float) -> None:
+    """Measure one size, eager or compiled, on the YAML's microbatch.
+
+    All models stay on the GPU with their optimizers. Should that leave too little room, it is done on half of it.
+    """
+    batch = load(size, METHODS[0])["device_train_microbatch_size"]
+    try:
+        return _measure(recorder, size, batch, compiled, seconds)
+    except torch.OutOfMemoryError:
+        print(f"step {size}: out of memory, once more with {batch // 2} sequences", flush=True)
+    gc.collect()
+    torch.cuda.empty_cache()
+    _measure(recorder, size, batch // 2, compiled, seconds)
+
+
+# Otherwise dynamo would go back to eager execution in silence.
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
+def _measure(recorder: Recorder, size: str, batch: int, compiled: bool, seconds: float) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    batches = {"device_train_microbatch_size": batch, "global_train_batch_size": batch}
+    configs = {method: load(size, method) | batches for method in METHODS}
+    recorder.about(suite="step", name=size, dtype=recorder.dtype, shape=shape(configs[METHODS[0]]), compiled=compiled)
+    trainings = {method: _Training(recorder, config, compiled) for method, config in configs.items()}
+    recorder.compare(trainings, seconds, held={method: training.held for method, training in trainings.items()})
+    if compiled:
+        note = "; ".join(" ".join(reason.split()) for reason in counters["graph_break"])
+        recorder.add([sum(counters["graph_break"].values())], variant="all", unit="graph breaks", note=note)

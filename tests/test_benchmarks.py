@@ -1,0 +1,146 @@
+"""The benchmarks run on a CPU, tiny: rows are whole and say what they should. No timing is tested."""
+
+import csv
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+
+from benchmarks import record, run, sizes, step
+from benchmarks.monitor import DUE, IDLE, MONITORS
+from benchmarks.record import COLUMNS, Recorder, ratio
+
+MAY_BE_EMPTY = {"median", "p10", "p90", "ratio", "ratio_low", "ratio_high", "note"}
+UNMEASURED_ON_CPU = {"GiB at peak", "host synchronisations in a step"}
+
+
+def measure(path: Path, suite: str, **options: Any) -> list[dict[str, str]]:
+    """The rows of one suite, each checked to be whole."""
+    run.main(suite=suite, out=path / "rows.csv", seconds=0.02, commit="abc", **{"modes": "eager"} | options)
+    with (path / "rows.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        assert tuple(row) == COLUMNS
+        empty = {key for key, value in row.items() if value == ""}
+        assert empty <= MAY_BE_EMPTY, row
+        if row["n"] == "0":
+            assert row["note"] and "median" in empty, row
+            assert row["unit"] in UNMEASURED_ON_CPU or "liger" in row["variant"], row
+        else:
+            assert float(row["p10"]) <= float(row["median"]) <= float(row["p90"]), row
+        if row["ratio_low"]:
+            assert float(row["ratio_low"]) <= float(row["ratio"]) <= float(row["ratio_high"]), row
+    return rows
+
+
+def medians(rows: list[dict[str, str]], unit: str) -> dict[str, float]:
+    return {row["variant"]: float(row["median"]) for row in rows if row["unit"] == unit}
+
+
+def test_step_compares_all_methods_with_the_plain_one_eager_and_compiled(tmp_path, monkeypatch):
+    """Compiled by dynamo alone, since inductor takes a minute; no module breaks the graph."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    rows = measure(tmp_path, "step", modes="eager,compiled")
+    for compiled in ("False", "True"):
+        times = {row["variant"]: row for row in rows if row["unit"] == "ms" and row["compiled"] == compiled}
+        assert tuple(times) == step.METHODS
+        assert float(times["small_init"]["ratio"]) == 1
+        assert all(float(row["median"]) > 0 and row["ratio_low"] for row in times.values())
+    assert medians(rows, "graph breaks") == {"all": 0}
+
+
+def test_trainer_measures_each_change_and_computes_mfu_from_tokens_a_second(tmp_path):
+    """N, L, d and T of the tiny model by hand; percentiles of a rate and its MFU belong to the same batch."""
+    rows = measure(tmp_path, "trainer")
+    rates = medians(rows, "tokens/s")
+    assert list(rates) == ["stock", "+ sdpa_attention", "+ z-loss, in one pass", "+ fused adamw"]
+    d, layers, vocabulary, length = 32, 2, 97, 16
+    parameters = layers * (12 * d * d + 2 * d) + d + vocabulary * d
+    for unit, attention in {"MFU, 6N + 12·L·d·T": 12, "MFU, 6N + 6·L·d·T": 6}.items():
+        flops = 6 * parameters + attention * layers * d * length
+        expected = {variant: rate * flops / 989e12 for variant, rate in rates.items()}
+        assert medians(rows, unit) == pytest.approx(expected, rel=1e-6)  # the CSV has eight digits
+
+
+def test_monitor_alternates_within_one_run_of_each_optimizer(tmp_path):
+    """Each monitor has as many steps; what is derived from them is arithmetic on their medians' scale."""
+    rows = measure(tmp_path, "monitor")
+    for name in ("tiny, adamw, fused", "tiny, decoupled_adamw"):
+        times = {row["variant"]: row for row in rows if row["name"] == name and row["unit"] == "ms"}
+        assert times.keys() == MONITORS.keys()
+        assert {DUE, IDLE} < times.keys()
+        assert len({row["n"] for row in times.values()}) == 1
+        shares = {row["variant"] for row in rows if row["name"] == name and row["unit"] == "% of a 1M-token step"}
+        assert shares == {"update_ratio_monitor, every step", "update_ratio_monitor, every 10th"}
+
+
+def test_loss_has_a_row_for_every_form_and_for_the_one_that_needs_a_gpu(tmp_path):
+    rows = [row for row in measure(tmp_path, "loss") if row["unit"] == "ms"]
+    measured = {row["variant"]: row["n"] != "0" for row in rows}
+    assert measured == {
+        "plain formula": True,
+        "cross_entropy": True,
+        "linear_cross_entropy, chunked": True,
+        "linear_cross_entropy, liger": False,
+    }
+
+
+def test_gate_measures_the_error_of_each_form_and_of_a_rounded_gate(tmp_path):
+    """Products in bfloat16 (8 bits) err by some 2e-3, in float32 by some 1e-7; α = 1/σ = 158.11 is rounded to 158."""
+    rows = measure(tmp_path, "gate")
+    for dtype, low, high in (("amp_bf16", 1e-4, 2e-2), ("fp32", 1e-9, 1e-6)):
+        errors = [float(row["median"]) for row in rows if "error of" in row["unit"] and row["dtype"] == dtype]
+        assert len(errors) == 3 * 4
+        assert all(low < error < high for error in errors)
+    assert medians(rows, "relative error of αW")["W_e α=158.11"] == pytest.approx(1 - 158 * 4e-5**0.5, rel=1e-3)
+    assert medians(rows, "spacing of α")["W_e α=158.11"] == 1
+
+
+def test_a_drift_that_meets_both_variants_leaves_the_ratio_alone():
+    """The clock slows down sevenfold, one variant takes 1% longer throughout: exactly 1.01 in the end."""
+    plain = [1.0 + i for i in range(7)]
+    assert ratio([1.01 * x for x in plain], plain) == pytest.approx([1.01] * 3, rel=1e-12)
+
+
+def test_the_interval_is_the_binomial_one():
+    """Of 100 sorted pairs the 41st and the 60th, between which the median lies with 95% (n/2 ± 0.98·√n)."""
+    assert ratio(list(range(1, 101)), [1.0] * 100) == [50.5, 41, 60]
+
+
+def test_variants_take_turns_forwards_and_backwards(tmp_path):
+    calls = []
+    recorder = Recorder(tmp_path / "rows.csv", "cpu", "abc")
+    recorder.about(suite="turns", name="turns", dtype="fp32", shape="", compiled=False)
+    recorder.compare({name: functools.partial(calls.append, name) for name in "ABC"}, seconds=0)
+    assert "".join(calls).endswith("ABCCBA" * 3)
+
+
+def test_a_file_with_other_columns_is_left_alone(tmp_path):
+    (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(typer.BadParameter, match="has other columns"):
+        run.main(out=tmp_path / "rows.csv", commit="abc")
+    assert (tmp_path / "rows.csv").read_text() == "a,b\n1,2\n"
+
+
+def test_a_result_without_a_commit_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "__file__", str(tmp_path / "record.py"))
+    with pytest.raises(typer.BadParameter, match="a result names its commit"):
+        run.main(out=tmp_path / "rows.csv")
+
+
+@pytest.mark.parametrize("option", [{"suite": "steps"}, {"sizes": "13b"}, {"modes": "eagre"}, {"device": "tpu"}])
+def test_an_unknown_choice_is_named_with_the_known_ones(option, tmp_path):
+    [value] = option.values()
+    with pytest.raises(typer.BadParameter, match=f"^{value}: choose from"):
+        run.main(out=tmp_path / "rows.csv", commit="abc", **option)
+
+
+@pytest.mark.parametrize("size", sizes.SIZES)
+def test_sizes_are_the_yamls(size):
+    config = sizes.load(size, "wesar")
+    assert config["model"]["fc_type"] == {"name": "wesar"}
+    expected = {"1.3b": "d=2048 L=24 H=16 V=32000 S=2048 B=8", "13b-blocks": "d=5120 L=4 H=40 V=32000 S=2048 B=4"}
+    assert sizes.shape(config).startswith(expected.get(size, "d="))
