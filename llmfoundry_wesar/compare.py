@@ -44,7 +44,7 @@ from llmfoundry_wesar.summary import COLUMNS, Row, draw_curves, measure, read_ro
 _NO_EFFECT = {"autoresume", "console_log_interval", "flatten_metadata", "log_config", "log_to_console", "loggers"}
 _NO_EFFECT |= {"metadata", "progress_bar", "python_log_level", "run_name", "variables"}
 _OURS = ("variables.method", "seed", "train_loader.dataset.shuffle_seed", "run_name", "loggers.tensorboard.log_dir")
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total} runs [{elapsed}<{remaining}]"
+_BAR = "{desc}{percentage:3.0f}%|{bar}| {n:.2f}/{total} runs [{elapsed}<{remaining}]"
 _STOP_SECONDS = 30
 
 

@@ -24,9 +24,10 @@ from llmfoundry_wesar.scalars import read_scalars
 from llmfoundry_wesar.summary import read_rows, table
 
 CONFIG = str(Path(__file__).parents[1] / "yamls/quickstart.yaml")
-LENGTH, VOCABULARY, BATCHES = 16, 64, 4
+LENGTH, VOCABULARY, BATCH, BATCHES = 16, 64, 8, 4
 # The quickstart with a model of two blocks, d = 32.
 TINY = [f"max_seq_len={LENGTH}", f"max_duration={BATCHES}ba", "console_log_interval=1ba", "scheduler.t_warmup=2ba"]
+TINY += [f"global_train_batch_size={BATCH}", f"device_train_microbatch_size={BATCH}"]
 TINY += ["model.d_model=32", "model.n_layers=2", "model.n_heads=2", f"model.vocab_size={VOCABULARY}"]
 
 
@@ -35,7 +36,7 @@ def data(tmp_path_factory) -> str:
     """Token shards and a tokenizer, as `llmfoundry-wesar data` writes them."""
     out = tmp_path_factory.mktemp("data")
     random = np.random.default_rng(0)
-    for split, sequences in {"train": 16 * BATCHES, "val": 8}.items():
+    for split, sequences in {"train": BATCH * BATCHES, "val": 8}.items():
         with MDSWriter(out=str(out / split), columns={"tokens": "ndarray:int32"}) as writer:
             for _ in range(sequences):
                 writer.write({"tokens": random.integers(VOCABULARY, size=LENGTH, dtype=np.int32)})
@@ -219,7 +220,7 @@ def test_an_interrupted_series_ends_as_if_it_had_not_been(tmp_path, data):
     assert len(steps) == BATCHES
     assert float(rows[2]["final_loss"]) == pytest.approx(np.mean(losses), rel=1e-6)
     assert float(rows[2]["held_out_loss"]) == logged[1]["metrics/eval/LanguageCrossEntropy"][1][-1]
-    assert int(rows[2]["tokens"]) == 16 * LENGTH * BATCHES
+    assert int(rows[2]["tokens"]) == BATCH * LENGTH * BATCHES
     # d = 32, N = 2, V = 64: embedding and W_p, 12 d² a block, five RMSNorms of width d.
     assert int(rows[2]["parameters"]) == 2 * 64 * 32 + 2 * 12 * 32**2 + 5 * 32
     assert 0 < float(rows[2]["tokens_per_second"]) < math.inf and 0.1 < float(rows[2]["peak_memory_gb"]) < 50
