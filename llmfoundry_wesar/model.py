@@ -1,5 +1,6 @@
 """`wesar_mpt_causal_lm`: foundry's MPT with what the compared methods need, and everything else stock."""
 
+import functools
 import math
 from collections.abc import Mapping, MutableMapping
 from typing import Any
@@ -257,6 +258,7 @@ class WeSaRMPTForCausalLM(MPTForCausalLM):
             if config.init_device != "meta":
                 self.lm_head.apply(self.param_init_fn)
 
+    @functools.wraps(MPTForCausalLM.forward)  # transformers' generate reads the signature
     def forward(self, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> CausalLMOutputWithPast | LossTerms:
         """As `MPTForCausalLM.forward`; with `targets`, which `fused_loss` allows, the loss instead of logits."""
         if targets is None:

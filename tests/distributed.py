@@ -59,9 +59,9 @@ def _mend_gloo() -> None:
     """Make gloo's reduce-scatter average where FSDP2 asks it to: in torch 2.7 it returns the sum (NCCL averages)."""
     reduce_scatter = torch.distributed.reduce_scatter_tensor
 
-    def averaged(output: torch.Tensor, input: torch.Tensor, op: Any, **kwargs: Any) -> Any:
-        work = reduce_scatter(output, input, op=op, **kwargs)
-        if op == torch.distributed.ReduceOp.AVG:
+    def averaged(output: torch.Tensor, input: torch.Tensor, **kwargs: Any) -> Any:
+        work = reduce_scatter(output, input, **kwargs)
+        if kwargs.get("op") == torch.distributed.ReduceOp.AVG:
             output /= dist.get_world_size()
         return work
 
