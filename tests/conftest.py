@@ -23,3 +23,28 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for start in rows:
                 writer.write({"tokens": ((start + np.arange(16)) % 96).astype(np.int32)})
     return folder
+
+
+@pytest.fixture(scope="session")
+def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real text as tokens, by the project's own tool."""
+    from tests.trained import prepare_text
+
+    return prepare_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="session")
+def trained(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """A checkpoint of every case of `tests.trained`, and what its model computes, by name."""
+    from tests.trained import CASES, train_case
+
+    return {name: train_case(text_data, tmp_path_factory.mktemp(name), *CASES[name]) for name in CASES}
+
+
+@pytest.fixture(scope="session")
+def sharded(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Some cases of `tests.trained` by two FSDP2 processes, with sharded checkpoints and merged models."""
+    from tests.distributed import launch
+    from tests.trained import train_sharded
+
+    return launch(train_sharded, text_data, tmp_path_factory.mktemp("sharded"), FSDP_VERSION="2")[0]

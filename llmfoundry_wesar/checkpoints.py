@@ -1,0 +1,205 @@
+"""Read a Composer checkpoint, whole or sharded, without running anything that it contains.
+
+Only plain data is unpickled: `torch.load` in its `weights_only` mode, and for the metadata of a sharded checkpoint an
+unpickler that knows nothing but the classes which torch writes there. A checkpoint that needs more is refused.
+"""
+
+import datetime
+import io
+import pickle
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+from zipfile import BadZipFile, ZipFile
+
+import numpy as np
+import torch
+from composer.models import HuggingFaceModel
+from torch import Tensor
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.torch_version import TorchVersion
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+# What Composer saves beside tensors and plain containers: times, numpy's random state, torch's version.
+_PLAIN_CLASSES: list[Any] = [
+    datetime.timedelta,
+    TorchVersion,
+    np.ndarray,
+    np.dtype,
+    type(np.dtype(np.uint32)),
+    # numpy's maker of arrays, which numpy 1 and numpy 2 keep in different places.
+    *((np.empty(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+]
+_METADATA_CLASSES = {
+    *((metadata.__name__, name) for name in [*metadata.__all__, "_MEM_FORMAT_ENCODING"]),
+    (filesystem.__name__, "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "Path"),
+    ("pathlib", "PosixPath"),
+}
+_PREFIX = "model."  # of the Hugging Face model in Composer's `HuggingFaceModel`
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a training checkpoint says about its model.
+
+    Attributes:
+        config: The Hugging Face config, as `config.json` would hold it.
+        weights: Parameters and buffers by the names that the Hugging Face model gives them.
+        tokenizer: None if the run had none.
+    """
+
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """Return the checkpoint that a path means.
+
+    Args:
+        path: A checkpoint (a `.pt` file, or the folder of a sharded one), or a `save_folder`: then its latest one, or
+            the only one that is there.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If there are several and no link to the latest.
+    """
+    path = Path(path)
+    if path.is_file() or (path / ".metadata").is_file():
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such file or folder.")
+    latest = [path / name for name in ("latest-rank0.pt", "latest-sharded-rank0")]
+    found = [link.resolve() for link in latest if link.exists()]
+    found = found or sorted({*path.glob("*.pt"), *(file.parent for file in path.glob("*/.metadata"))})
+    if not found:
+        raise FileNotFoundError(f"{path}: no checkpoint in this folder (no .pt file, and no folder with a .metadata).")
+    if len(found) > 1:
+        raise ValueError(f"{path}: {len(found)} checkpoints and no link to the latest; name one, such as {found[-1]}.")
+    return found[0]
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read config, weights and tokenizer of a Composer checkpoint of a Hugging Face model.
+
+    Weights of a whole checkpoint stay on disk until they are used (mmap). The checksum of every tensor is verified.
+
+    Args:
+        path: As for `find_checkpoint`.
+
+    Raises:
+        FileNotFoundError: If there is no checkpoint, or a part of it is missing.
+        ValueError: If it is damaged, not Composer's, without a Hugging Face model, or needs code to be loaded.
+    """
+    path = find_checkpoint(path)
+    state = (_read_sharded if path.is_dir() else _read_whole)(path)
+    try:
+        state = state["state"]
+        weights, model = state["model"], state["integrations"]["huggingface"]
+        config, tokenizer = model["model"]["config"]["content"], model.get("tokenizer")
+        weights = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
+        assert all(isinstance(tensor, Tensor) for tensor in weights.values())
+        assert isinstance(config, dict)
+    except (KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise ValueError(
+            f"{path}: not a Composer checkpoint of a Hugging Face model, which has `state.model` and "
+            f"`state.integrations.huggingface` (lacks {error})."
+        ) from error
+    return Checkpoint(config, weights, _load_tokenizer(tokenizer, path) if tokenizer else None)
+
+
+def _load_tokenizer(files: dict[str, Any], path: Path) -> PreTrainedTokenizerBase:
+    if outside := [name for name in files if Path(name).name != name]:
+        raise ValueError(f"{path}: refused, since a file of its tokenizer would be written outside: {outside[0]}.")
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = HuggingFaceModel.load_huggingface_tokenizer_from_saved_state(
+            {"tokenizer": files}, trust_remote_code=False, tokenizer_save_dir=folder
+        )
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def _verify(file: str | Path | IO[bytes], name: str | Path) -> None:
+    """Compare the checksums of an archive that `torch.save` wrote; `torch.load` itself does not."""
+    try:
+        with ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except (BadZipFile, EOFError, NotImplementedError) as error:
+        raise ValueError(f"{name}: not a checkpoint, or cut short ({error}).") from error
+    if damaged:
+        raise ValueError(f"{name}: damaged, since {damaged} fails its checksum.")
+
+
+def _read_whole(path: Path) -> Any:
+    _verify(path, path)
+    with torch.serialization.safe_globals(_PLAIN_CLASSES):
+        try:
+            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            if not foreign:
+                return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{path}: not a checkpoint ({str(error).splitlines()[0]}).") from error
+    raise ValueError(f"{path}: refused, since loading {', '.join(sorted(foreign))} could run code.")
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _METADATA_CLASSES or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        ):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"loading {module}.{name} could run code")
+
+
+class _Reader(filesystem.FileSystemReader):
+    def read_metadata(self) -> metadata.Metadata:
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            return _MetadataUnpickler(file).load()
+
+    def _slice_file(self, file: IO[bytes], sinfo: Any) -> IO[bytes]:
+        part = io.BytesIO(super()._slice_file(file, sinfo).read(sinfo.length))
+        _verify(part, sinfo.relative_path)
+        part.seek(0)
+        return part
+
+
+class _Planner(DefaultLoadPlanner):
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        self.original_state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+
+
+def _read_sharded(path: Path) -> Any:
+    reader = _Reader(path)
+    try:
+        known = reader.read_metadata()
+        # Optimizer states stay unread: they are two thirds of a checkpoint.
+        paths = {
+            name: keys
+            for name, keys in (known.planner_data or {}).items()
+            if keys[:2] in (("state", "model"), ("state", "integrations"))
+        }
+        entries = {name: known.state_dict_metadata[name] for name in paths}
+        values = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            if isinstance(entry, metadata.TensorStorageMetadata)
+            else None
+            for name, entry in entries.items()
+        }
+    except Exception as error:
+        raise ValueError(f"{path}/.metadata: refused or damaged ({error}).") from error
+    try:
+        load(values, storage_reader=reader, planner=_Planner(flatten_state_dict=False), no_dist=True)
+    except CheckpointException as failure:
+        error = next(iter(failure.failures.values()))[0]
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(f"{error.filename}: a part of this checkpoint is missing.") from failure
+        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from failure
+    return unflatten_state_dict(values, paths)

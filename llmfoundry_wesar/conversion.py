@@ -1,0 +1,395 @@
+"""From one model to another that computes the same function; Hugging Face models on the CPU, no files.
+
+    build_mpt   a config and weights  ->  the model as it was trained
+    from_llama  the same of an Arcee or Llama model  ->  those of an MPT
+    merge       a trained model  ->  foundry's plain MPT
+    to_hf       a trained model  ->  ArceeForCausalLM, or LlamaForCausalLM for a GLU
+    to_gated    a trained model  ->  one with the layers of a method
+
+What the target cannot express is refused by the name of its config key.
+"""
+
+import inspect
+import json
+import math
+from typing import Any
+
+import torch
+from llmfoundry.models.mpt.configuration_mpt import MPTConfig
+from llmfoundry.models.mpt.modeling_mpt import MPTForCausalLM
+from llmfoundry.models.utils import init_empty_weights
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from llmfoundry_wesar import methods
+from llmfoundry_wesar.arcee import ArceeConfig, ArceeForCausalLM
+from llmfoundry_wesar.layers import Reparameterized, ScaledEmbedding
+from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM
+
+Weights = dict[str, Tensor]
+
+# The values of config keys with which a model computes what a plain MPT computes, and what a Llama computes.
+_AS_MPT: dict[str, tuple] = {"norm_placement": ("pre",), "embedding_norm": (False,)}
+_AS_LLAMA: dict[str, tuple] = {
+    **_AS_MPT,
+    "norm_type": ("rmsnorm", "low_precision_rmsnorm", "triton_rmsnorm"),
+    "learned_pos_emb": (False,),
+    "attn_config.attn_type": (
+        "multihead_attention",
+        "grouped_query_attention",
+        "multiquery_attention",
+        "sdpa_attention",
+    ),
+    "attn_config.rope": (True,),
+    "attn_config.rope_impl": ("hf",),
+    "attn_config.rope_hf_config.type": ("no_scaling",),
+    "attn_config.alibi": (False,),
+    "attn_config.clip_qkv": (None,),
+    "attn_config.qk_ln": (False,),
+    "attn_config.qk_gn": (False,),
+    "attn_config.attn_logit_softcapping": (None,),
+    "attn_config.attn_temperature_tuning.attn_scale": (0.0,),
+    "attn_config.sliding_window_size": (-1,),
+    "attn_config.kv_dim": (None,),
+    "ffn_config.ffn_type": ("mptmlp", "mptglu"),
+    "block_overrides": (None,),
+    "fuse_norm_attn_norm": (None, False),
+    "final_logit_softcapping": (None,),
+}
+# Activation functions by transformers' names: torch's names, with the options that foundry passes on.
+_ACTIVATIONS = {
+    "gelu": {"name": "gelu", "approximate": "none"},
+    "gelu_pytorch_tanh": {"name": "gelu", "approximate": "tanh"},
+    "quick_gelu": {"name": "quick_gelu"},
+    "relu": {"name": "relu"},
+    "silu": {"name": "silu"},
+}
+_MODULES = {"transformer.wte": "model.embed_tokens", "transformer.norm_f": "model.norm", "lm_head": "lm_head"}
+_BLOCK_MODULES = {
+    "norm_1": "input_layernorm",
+    "attn.Wq": "self_attn.q_proj",
+    "attn.Wk": "self_attn.k_proj",
+    "attn.Wv": "self_attn.v_proj",
+    "attn.out_proj": "self_attn.o_proj",
+    "norm_2": "post_attention_layernorm",
+    "ffn.gate_proj": "mlp.gate_proj",
+    "ffn.up_proj": "mlp.up_proj",
+    "ffn.down_proj": "mlp.down_proj",
+}
+
+
+def arguments(config: type[MPTConfig]) -> list[str]:
+    """The keys that a class of configs has itself."""
+    return [name for name in inspect.signature(config).parameters if name != "kwargs"]
+
+
+def _module_names(n_layers: int) -> dict[str, str]:
+    """Llama's name of each module of an MPT."""
+    blocks = {
+        f"transformer.blocks.{i}.{mpt}": f"model.layers.{i}.{llama}"
+        for i in range(n_layers)
+        for mpt, llama in _BLOCK_MODULES.items()
+    }
+    return _MODULES | blocks
+
+
+def _rename(weights: Weights, modules: dict[str, str]) -> Weights:
+    renamed = {}
+    for name, weight in weights.items():
+        module, _, kind = name.rpartition(".")
+        renamed[f"{modules.get(module, module)}.{kind}"] = weight
+    return renamed
+
+
+def _require(config: Any, admissible: dict[str, tuple], target: str) -> None:
+    tree, refused = config.to_dict(), []
+    for key, values in admissible.items():
+        value: Any = tree
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value not in values:
+            refused.append(f"model.{key}: {json.dumps(value)}")
+    if refused:
+        raise ValueError(f"{target} cannot express {', '.join(refused)}.")
+
+
+def _fill(model: nn.Module, weights: Weights) -> None:
+    """Give a model without memory its weights, which are then those of the model, not copies."""
+    wanted = model.state_dict()
+    shapes = {name for name in wanted.keys() & weights.keys() if wanted[name].shape != weights[name].shape}
+    for what, names in (
+        ("are missing", wanted.keys() - weights.keys()),
+        ("are unknown", weights.keys() - wanted.keys()),
+        ("have another shape", shapes),
+    ):
+        if names:
+            raise ValueError(
+                f"weights and config are not of one model: {len(names)} weights {what}, such as {min(names)}."
+            )
+    model.load_state_dict(weights, assign=True)
+    model.requires_grad_(False)
+    model.eval()
+
+
+def build_mpt(config: MPTConfig, weights: Weights) -> MPTForCausalLM:
+    """Build the MPT of a config, ours (`WeSaRMPTConfig`) or foundry's, around the given weights.
+
+    Raises:
+        ValueError: If they are not those of such a model.
+    """
+    config.init_device = "meta"
+    model = WeSaRMPTForCausalLM(config) if isinstance(config, WeSaRMPTConfig) else MPTForCausalLM(config)
+    config.init_device = "cpu"
+    _fill(model, weights)
+    return model
+
+
+def from_llama(llama: dict[str, Any], weights: Weights) -> tuple[dict[str, Any], Weights]:
+    """MPT's config and weights for those of an Arcee or Llama model.
+
+    Raises:
+        ValueError: If MPT cannot express it; the message names the key.
+    """
+    config = LlamaConfig.from_dict({**llama, "rope_scaling": None})
+    # transformers ≥ 5 writes `rope_parameters`, earlier ones `rope_theta` and `rope_scaling`.
+    rope = llama.get("rope_parameters") or llama.get("rope_scaling") or {}
+    for key, value, admissible in (
+        ("rope_type", rope.get("rope_type", "default"), ("default",)),
+        ("hidden_act", config.hidden_act, _ACTIVATIONS),
+        ("mlp_bias", config.mlp_bias, (config.attention_bias,)),
+        ("quantization_config", llama.get("quantization_config"), (None,)),
+    ):
+        if value not in admissible:
+            raise ValueError(f"MPT cannot express {key}: {json.dumps(value)}.")
+    own_head_dim = config.head_dim * config.num_attention_heads != config.hidden_size
+    mpt = {
+        "model_type": "mpt",
+        "d_model": config.hidden_size,
+        "n_heads": config.num_attention_heads,
+        "n_layers": config.num_hidden_layers,
+        "head_dim": config.head_dim if own_head_dim else None,
+        "max_seq_len": config.max_position_embeddings,
+        "vocab_size": config.vocab_size,
+        "no_bias": not config.attention_bias,
+        "norm_type": "rmsnorm",
+        "norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "learned_pos_emb": False,
+        "attn_config": {
+            "attn_type": "grouped_query_attention",
+            "attn_impl": "torch",
+            "kv_n_heads": config.num_key_value_heads,
+            "fused_qkv": False,
+            # Foundry's default takes no notice of head_dim.
+            "softmax_scale": config.head_dim**-0.5 if own_head_dim else None,
+            "rope": True,
+            "rope_impl": "hf",
+            "rope_theta": rope.get("rope_theta", config.rope_theta),
+        },
+        "ffn_config": {
+            "ffn_type": "mptglu" if llama["model_type"] == "llama" else "mptmlp",
+            "ffn_hidden_size": config.intermediate_size,
+            "ffn_act_fn": _ACTIVATIONS[config.hidden_act],
+        },
+        "init_config": {"name": "small_init_"},
+    }
+    return mpt, _rename(weights, {llama: mpt for mpt, llama in _module_names(config.num_hidden_layers).items()})
+
+
+def _multipliers(model: WeSaRMPTForCausalLM) -> dict[str, float]:
+    """Constants of the forward pass that a plain model has in its matrices, by the names of those."""
+    config = model.config
+    assert isinstance(model.transformer.wte, ScaledEmbedding)
+    multipliers = {"transformer.wte": model.transformer.wte.scale}
+    if config.residual_scaling:
+        for i in range(config.n_layers):
+            for name in ("attn.out_proj", "ffn.down_proj"):
+                multipliers[f"transformer.blocks.{i}.{name}"] = 1 / math.sqrt(2 * config.n_layers)
+    return multipliers
+
+
+def _split(weights: Weights, config: Any) -> Weights:
+    """Give W_q, W_k and W_v, and a tied W_p, matrices of their own."""
+    head_dim = config.head_dim or config.d_model // config.n_heads
+    queries = config.n_heads * head_dim
+    split = {}
+    for name, weight in weights.items():
+        if ".Wqkv." in name:
+            keys = (weight.size(0) - queries) // 2
+            for part, matrix in zip("qkv", weight.split([queries, keys, keys]), strict=True):
+                split[name.replace("Wqkv", f"W{part}")] = matrix.contiguous()
+        else:
+            split[name] = weight
+    if "lm_head.weight" not in split:
+        split["lm_head.weight"] = weights["transformer.wte.weight"].clone()
+    return split
+
+
+@torch.no_grad()
+def merge(model: WeSaRMPTForCausalLM) -> MPTForCausalLM:
+    """Make foundry's plain MPT, which computes the same function: gates, embedding and residual scaling are merged.
+
+    Embedding scaling unties W_e and W_p, since only W_e is multiplied.
+
+    Raises:
+        ValueError: If plain MPT cannot express the model; the message names the keys.
+    """
+    config = model.config
+    _require(config, _AS_MPT, "plain MPT")
+    modules, multipliers = dict(model.named_modules()), _multipliers(model)
+    plain: Weights = {}
+    for name, weight in model.state_dict().items():
+        path, _, kind = name.rpartition(".")
+        module = modules[path]
+        if isinstance(module, Reparameterized):
+            if kind not in ("weight", "bias"):
+                continue
+            weight = module.virtual_weight() if kind == "weight" else weight
+        plain[name] = weight * multipliers[path] if multipliers.get(path, 1) != 1 else weight
+    tied = config.tie_word_embeddings
+    if tied and multipliers["transformer.wte"] != 1:
+        tied, plain["lm_head.weight"] = False, model.get_input_embeddings().weight
+    tree = {key: value for key, value in config.to_dict().items() if key not in arguments(WeSaRMPTConfig)}
+    attention = dict(tree["attn_config"])
+    if attention["attn_type"] == "sdpa_attention":
+        attention["attn_type"] = "grouped_query_attention"
+        attention["kv_n_heads"] = attention.get("kv_n_heads") or config.n_heads
+    tree |= {
+        "attn_config": attention,
+        "ffn_config": {key: value for key, value in tree["ffn_config"].items() if key != "fc_type"},
+        "fc_type": {"name": "torch"},
+        "init_config": {"name": "small_init_"},
+        "tie_word_embeddings": tied,
+    }
+    return build_mpt(MPTConfig.from_dict(tree), plain)  # type: ignore[arg-type]
+
+
+def hf_config(config: WeSaRMPTConfig) -> LlamaConfig:
+    """The config of `to_hf`'s model, worked out without a weight.
+
+    Raises:
+        ValueError: If neither Arcee nor Llama can express the model; the message names the keys.
+    """
+    glu = config.ffn_config["ffn_type"] == "mptglu"
+    target = "LlamaForCausalLM" if glu else "ArceeForCausalLM"
+    _require(config, _AS_LLAMA, target)
+    activation = config.ffn_config.get("ffn_act_fn") or {"name": "gelu"}
+    if activation["name"] == "gelu":
+        activation = {"approximate": "none", **activation}
+    activations = [name for name, options in _ACTIVATIONS.items() if options == activation]
+    if not activations:
+        raise ValueError(f"{target} cannot express model.ffn_config.ffn_act_fn: {json.dumps(activation)}.")
+    if config.attention_bias == config.no_bias:
+        raise ValueError(
+            f"{target} cannot express model.attention_bias: {json.dumps(config.attention_bias)} with "
+            f"model.no_bias: {json.dumps(config.no_bias)}."
+        )
+    attention = config.attn_config
+    kv_heads = 1 if attention["attn_type"] == "multiquery_attention" else attention.get("kv_n_heads")
+    return (LlamaConfig if glu else ArceeConfig)(
+        vocab_size=config.vocab_size,
+        hidden_size=config.d_model,
+        intermediate_size=config.ffn_config.get("ffn_hidden_size") or int(config.d_model * config.expansion_ratio),
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads,
+        num_key_value_heads=kv_heads or config.n_heads,
+        head_dim=config.head_dim or config.d_model // config.n_heads,
+        hidden_act=activations[0],
+        max_position_embeddings=config.max_seq_len,
+        rms_norm_eps=config.norm_eps,
+        rope_theta=attention["rope_theta"],
+        attention_bias=config.attention_bias,
+        mlp_bias=not config.no_bias,
+        tie_word_embeddings=False,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+    )
+
+
+def to_hf(
+    model: WeSaRMPTForCausalLM,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> LlamaForCausalLM:
+    """Make the same function as an `ArceeForCausalLM`, or as a `LlamaForCausalLM` for a GLU.
+
+    Args:
+        model: As it was trained.
+        tokenizer: With its special tokens generation begins and ends.
+        dtype: Of the result; it is merged in that of the model.
+
+    Raises:
+        ValueError: If neither can express the model; the message names the keys.
+    """
+    config = hf_config(model.config)
+    if tokenizer is not None:
+        config.update({f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")})
+    plain = merge(model)
+    weights = _split(plain.state_dict(), plain.config)
+    if plain.logit_scale is not None:
+        weights["lm_head.weight"] = weights["lm_head.weight"] * plain.logit_scale
+    # Llama's scores are scaled by 1/√head_dim; foundry's default is (d_model/n_heads)^-½, also where those differ.
+    scale = plain.config.attn_config["softmax_scale"] or (plain.config.d_model / plain.config.n_heads) ** -0.5
+    if not math.isclose(factor := scale * math.sqrt(config.head_dim), 1.0):
+        weights = {name: weight * factor if ".Wq." in name else weight for name, weight in weights.items()}
+    weights = _rename(weights, _module_names(plain.config.n_layers))
+    with init_empty_weights():
+        llama = ArceeForCausalLM(config) if isinstance(config, ArceeConfig) else LlamaForCausalLM(config)
+    _fill(llama, {name: weight.to(dtype) for name, weight in weights.items()})
+    return llama
+
+
+@torch.no_grad()
+def to_gated(model: WeSaRMPTForCausalLM, method: str) -> WeSaRMPTForCausalLM:
+    r"""Make the same function with the layers of a method, to continue training with it.
+
+    Every actual weight gets the method's σ, :math:`W = \bar W/\alpha` with
+    :math:`\alpha = \lVert\bar W\rVert/(\sigma\sqrt n)` for a matrix of n entries: so :math:`\lVert W\rVert/\sqrt n`,
+    and with it the update ratio, is the same everywhere, as at the start of a training from scratch.
+
+    Args:
+        model: A plain model, or one of another method.
+        method: A name that `variables.method` knows.
+
+    Raises:
+        ValueError: If the method is unknown or is never the same function as a plain model, or a matrix is 0 or not
+            finite.
+    """
+    options = OmegaConf.to_container(methods.load("method", method).model, resolve=True)
+    assert isinstance(options, dict)
+    plain = merge(model)
+    tree = plain.config.to_dict()
+    tree |= {
+        "attn_config": {**tree["attn_config"], "fused_qkv": False},
+        "tie_word_embeddings": False,
+        "init_device": "meta",
+        **options,
+    }
+    config = WeSaRMPTConfig.from_dict(tree)  # type: ignore[arg-type]
+    assert isinstance(config, WeSaRMPTConfig)
+    _require(config, _AS_MPT, f"the method {method} is no function of a plain model: that")
+    gated = WeSaRMPTForCausalLM(config)
+    config.init_device = "cpu"
+    modules, multipliers = dict(gated.named_modules()), _multipliers(gated)
+    weights: Weights = {}
+    for name, weight in _split(plain.state_dict(), plain.config).items():
+        path, _, kind = name.rpartition(".")
+        module = modules[path]
+        if path in multipliers:
+            weight = weight / multipliers[path]
+        if kind == "weight" and isinstance(module, Reparameterized):
+            scale = weight.square().mean().sqrt().item() / config.init_config["sigma"]
+            if not 0 < scale < math.inf:
+                raise ValueError(f"{name} has no scale to give to a gate: its root mean square is 0 or not finite.")
+            module.to_empty(device="cpu", recurse=False)
+            module.weight.copy_(weight / scale)
+            module.start_gate_(scale, "backbone")
+            weights |= module.state_dict(prefix=f"{path}.")
+        else:
+            weights[name] = weight
+    # In this order a bias comes after its matrix, whose layer has an empty one.
+    _fill(gated, weights)
+    return gated

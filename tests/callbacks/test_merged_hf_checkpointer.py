@@ -1,0 +1,62 @@
+"""Merged models during training, on one process and under FSDP2."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llmfoundry_wesar.export import export, load
+from tests.trained import CASES, INEXPRESSIBLE, SHARDED, Trained, assert_same_logits, logits, merged_saves, train_case
+
+# Gates as parameters, as buffers and by row, singular vectors, multipliers, and a Llama.
+SAVED = ["wesar", "wesar_fixed", "row_gates", "weight_norm", "sigma_reparam", "residual_scaling_he", "glu"]
+
+
+def _train(data: Path, folder: Path, case: str, *overrides: str, precision: str = "float32") -> Trained:
+    return train_case(data, folder, *CASES[case], merged_saves(folder, precision), *overrides)
+
+
+def _assert_saved(run: Trained) -> None:
+    saved = run.folder / "huggingface"
+    assert sorted(path.name for path in saved.iterdir()) == ["ba2", "ba4"]
+    assert not [name for name in load_file(saved / "ba4" / "model.safetensors") if name.endswith((".gate", ".left"))]
+    model, _ = load(saved / "ba4")
+    assert_same_logits(logits(model, run.ids), run.logits, 1e-5)  # as in test_conversion
+    earlier, _ = load(saved / "ba2")
+    assert not torch.allclose(logits(earlier, run.ids), run.logits, rtol=1e-2)
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_one_process_saves_what_it_trained(case, text_data, tmp_path):
+    _assert_saved(_train(text_data, tmp_path, case))
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_two_fsdp2_processes_save_what_they_trained(case, sharded):
+    _assert_saved(sharded[case])
+
+
+def test_it_writes_what_export_does_and_rounds_once(text_data, tmp_path):
+    """The same files but for names of folders: merged in float32 and then rounded to bfloat16."""
+    _train(text_data, tmp_path, "wesar", precision="bfloat16")
+    export(tmp_path, tmp_path / "out", dtype="bfloat16")
+    saved = tmp_path / "huggingface" / "ba4"
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (saved / name).read_text() == (tmp_path / "out" / name).read_text()
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    for name, weight in load_file(saved / "model.safetensors").items():
+        assert torch.equal(weight, weights.pop(name)), name
+    assert not weights
+
+
+@pytest.mark.parametrize("case", INEXPRESSIBLE)
+def test_a_model_that_cannot_be_exported_is_refused_before_it_is_trained(case, text_data, tmp_path):
+    with pytest.raises(ValueError, match=rf"ArceeForCausalLM cannot express model\.{INEXPRESSIBLE[case]}: "):
+        _train(text_data, tmp_path, case)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stock_model_has_nothing_to_merge(text_data, tmp_path):
+    with pytest.raises(ValueError, match=r"goes with model\.name: wesar_mpt_causal_lm; .* use hf_checkpointer"):
+        _train(text_data, tmp_path, "small_init", "model.name=mpt_causal_lm", "model.loss_fn=torch_crossentropy")

@@ -1,0 +1,151 @@
+"""What is read from a checkpoint, and what is refused; nothing in it is run."""
+
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmfoundry_wesar.checkpoints import find_checkpoint, read_checkpoint
+from llmfoundry_wesar.export import load
+from tests.trained import SHARDED, VOCABULARY, assert_same_logits, logits
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_a_sharded_checkpoint_is_the_model_that_was_trained(case, sharded):
+    """Two FSDP2 processes wrote it, one process without torch.distributed reads it.
+
+    1e-5 since the two multiply matrices that were gathered from shards, in an order of their own.
+    """
+    model, tokenizer = load(sharded[case].folder)
+    assert len(tokenizer) == VOCABULARY
+    assert_same_logits(logits(model, sharded[case].ids), sharded[case].logits, 1e-5)
+
+
+def test_a_whole_checkpoint_is_the_model_that_was_trained(trained):
+    """The parameters themselves, so to the bit."""
+    checkpoint = read_checkpoint(trained["wesar"].folder)
+    assert checkpoint.config["fc_type"]["name"] == "wesar"
+    assert len(checkpoint.tokenizer) == VOCABULARY
+    model, _ = load(trained["wesar"].folder)
+    assert torch.equal(logits(model, trained["wesar"].ids), trained["wesar"].logits)
+
+
+def test_a_folder_means_its_latest_checkpoint(trained, sharded, tmp_path):
+    whole, folder = trained["wesar"].folder, sharded["wesar"].folder
+    assert find_checkpoint(whole).name == "ep0-ba4-rank0.pt"
+    assert find_checkpoint(folder).name == "ep0-ba4"
+    assert find_checkpoint(folder / "ep0-ba2") == folder / "ep0-ba2"
+    with pytest.raises(FileNotFoundError, match="no checkpoint in this folder"):
+        find_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        find_checkpoint(tmp_path / "none")
+    for name in ("a.pt", "b.pt"):
+        shutil.copy(find_checkpoint(whole), tmp_path / name)
+    with pytest.raises(ValueError, match=r"2 checkpoints and no link to the latest; name one, such as .*b\.pt"):
+        find_checkpoint(tmp_path)
+    (tmp_path / "b.pt").unlink()
+    assert find_checkpoint(tmp_path) == tmp_path / "a.pt"
+
+
+class _Code:
+    """What a hostile checkpoint holds: unpickling it makes a folder."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_code_in_a_whole_checkpoint_is_refused_by_name(tmp_path):
+    torch.save({"state": {"model": _Code(tmp_path / "ran")}}, tmp_path / "hostile.pt")
+    with pytest.raises(ValueError, match=r"refused, since loading (posix|nt)\.mkdir could run code"):
+        read_checkpoint(tmp_path / "hostile.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("part", [".metadata", "__0_0.distcp"])
+def test_code_in_a_sharded_checkpoint_is_refused(part, sharded, tmp_path):
+    """In the metadata, and in one of the values that are stored beside the tensors."""
+    folder = shutil.copytree(sharded["wesar"].folder / "ep0-ba4", tmp_path / "hostile")
+    if part == ".metadata":
+        (folder / part).write_bytes(pickle.dumps(_Code(tmp_path / "ran")))
+    else:
+        metadata = pickle.loads((folder / ".metadata").read_bytes())
+        index = next(i for i in metadata.storage_data if i.fqn.startswith("state.integrations"))
+        info = metadata.storage_data[index]
+        info.offset = (folder / info.relative_path).stat().st_size
+        with open(folder / info.relative_path, "ab") as file:
+            torch.save(_Code(tmp_path / "ran"), file)
+        info.length = (folder / info.relative_path).stat().st_size - info.offset
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match=r"(posix|nt)\.mkdir|Unsupported global|Weights only load failed"):
+        read_checkpoint(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_tokenizer_file_outside_its_folder_is_refused(trained, tmp_path):
+    checkpoint = torch.load(find_checkpoint(trained["wesar"].folder), weights_only=False)
+    tokenizer = checkpoint["state"]["integrations"]["huggingface"]["tokenizer"]
+    tokenizer[f"../{tmp_path.name}.txt"] = {"file_extension": ".txt", "content": ["text"]}
+    torch.save(checkpoint, tmp_path / "hostile.pt")
+    with pytest.raises(ValueError, match=r"a file of its tokenizer would be written outside"):
+        read_checkpoint(tmp_path / "hostile.pt")
+
+
+def _flip(path: Path, offset: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_a_damaged_whole_checkpoint_is_refused(trained, tmp_path):
+    """Cut short, with one bit of a weight flipped, and of something else altogether."""
+    path = shutil.copy(find_checkpoint(trained["wesar"].folder), tmp_path / "damaged.pt")
+    with zipfile.ZipFile(path) as archive:
+        tensor = max(archive.infolist(), key=lambda info: info.file_size)
+    _flip(path, tensor.header_offset + 200 + tensor.file_size // 2)
+    with pytest.raises(ValueError, match=rf"damaged, since {tensor.filename} fails its checksum"):
+        read_checkpoint(path)
+    os.truncate(path, os.path.getsize(path) // 2)
+    with pytest.raises(ValueError, match="not a checkpoint, or cut short"):
+        read_checkpoint(path)
+    path.write_text("not a checkpoint at all")
+    with pytest.raises(ValueError, match="not a checkpoint, or cut short"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [{"model": {}}, {"state": {"model": {"a": 1}}}, [torch.zeros(1)]])
+def test_a_foreign_checkpoint_is_refused(content, tmp_path):
+    torch.save(content, tmp_path / "foreign.pt")
+    with pytest.raises(ValueError, match="not a Composer checkpoint of a Hugging Face model"):
+        read_checkpoint(tmp_path / "foreign.pt")
+
+
+@pytest.fixture
+def copied(sharded, tmp_path) -> Path:
+    return shutil.copytree(sharded["wesar"].folder / "ep0-ba4", tmp_path / "copied")
+
+
+def test_a_damaged_sharded_checkpoint_is_refused(copied):
+    """One bit of a weight flipped; metadata cut short."""
+    storage = pickle.loads((copied / ".metadata").read_bytes()).storage_data
+    part = next(info for index, info in storage.items() if index.fqn == "state.model.model.transformer.wte.weight")
+    _flip(copied / part.relative_path, part.offset + part.length // 2)
+    with pytest.raises(ValueError, match=rf"{part.relative_path}: damaged, since archive/data/0 fails its checksum"):
+        read_checkpoint(copied)
+    os.truncate(copied / ".metadata", 1000)
+    with pytest.raises(ValueError, match=r"\.metadata: refused or damaged"):
+        read_checkpoint(copied)
+
+
+def test_a_sharded_checkpoint_without_one_of_its_parts_is_refused(copied):
+    (copied / "__1_0.distcp").unlink()
+    with pytest.raises(FileNotFoundError, match=r"__1_0\.distcp: a part of this checkpoint is missing"):
+        read_checkpoint(copied)

@@ -1,0 +1,164 @@
+"""Models to models: the same function, in the layers of another architecture."""
+
+import pytest
+import torch
+from llmfoundry.models.mpt.modeling_mpt import MPTForCausalLM
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+from llmfoundry_wesar.arcee import ArceeForCausalLM
+from llmfoundry_wesar.conversion import build_mpt, from_llama, hf_config, merge, to_gated, to_hf
+from llmfoundry_wesar.export import load
+from llmfoundry_wesar.layers import Reparameterized, ScaledEmbedding
+from llmfoundry_wesar.methods import names
+from llmfoundry_wesar.model import WeSaRMPTConfig
+from tests.tiny import build
+from tests.trained import EXPRESSIBLE, INEXPRESSIBLE, assert_same_logits, logits
+
+# Merging rounds every entry of every matrix to float32, 6e-8 relative, and kernels may add up in another order:
+# 3e-7 was seen. A multiplier left out, or a gate of one row, would be off by more than 1e-3.
+FLOAT32 = 1e-5
+
+
+@pytest.mark.parametrize("case", EXPRESSIBLE)
+def test_plain_mpt_computes_what_the_trained_model_does(case, trained):
+    model, _ = load(trained[case].folder)
+    plain = merge(model)
+    assert type(plain) is MPTForCausalLM
+    assert not [name for name in plain.state_dict() if name.endswith((".gate", ".left", ".right"))]
+    assert_same_logits(logits(plain, trained[case].ids), trained[case].logits, FLOAT32)
+
+
+@pytest.mark.parametrize("case", EXPRESSIBLE)
+def test_plain_llama_or_arcee_computes_what_the_trained_model_does(case, trained):
+    model, tokenizer = load(trained[case].folder)
+    plain = to_hf(model, tokenizer)
+    assert type(plain) is (LlamaForCausalLM if case == "glu" else ArceeForCausalLM)
+    assert_same_logits(logits(plain, trained[case].ids), trained[case].logits, FLOAT32)
+
+
+@pytest.mark.parametrize("method", sorted(set(names("method")) - INEXPRESSIBLE.keys()))
+@pytest.mark.parametrize("case", ["small_init", "fused_and_tied", "biases"])
+def test_every_method_can_start_from_any_model(case, method, trained):
+    """The same function, and every actual weight with the method's σ, whatever the model's matrices had.
+
+    1e-6 for σ, which is a sum over 512 entries or more in float32.
+    """
+    model, _ = load(trained[case].folder)
+    gated = to_gated(model, method)
+    assert_same_logits(logits(gated, trained[case].ids), trained[case].logits, FLOAT32)
+    for module in gated.modules():
+        if isinstance(module, Reparameterized):
+            rms = module.weight.square().mean().sqrt().item()
+            assert rms == pytest.approx(gated.config.init_config["sigma"], rel=1e-6)
+
+
+def test_there_and_back_again_is_exact_to_float32_rounding(trained):
+    """α(W̄/α) is two roundings of half a unit in the last place, 2⁻²⁴ each."""
+    model, _ = load(trained["wesar"].folder)
+    plain = merge(model)
+    again = merge(to_gated(model, "wesar"))
+    for (name, weight), other in zip(plain.state_dict().items(), again.state_dict().values(), strict=True):
+        torch.testing.assert_close(other, weight, rtol=2**-22, atol=0, msg=name)
+
+
+def test_llama_becomes_the_mpt_that_it_was_made_from(trained):
+    """Config and weights of a model with a GLU, grouped heads and biases, through Hugging Face's names and back."""
+    for case in ("glu", "grouped", "biases"):
+        model, _ = load(trained[case].folder)
+        llama = to_hf(model)
+        config, weights = from_llama(llama.config.to_dict(), llama.state_dict())
+        again = build_mpt(WeSaRMPTConfig.from_dict(config), weights)
+        assert_same_logits(logits(again, trained[case].ids), trained[case].logits, FLOAT32)
+
+
+def test_rope_is_read_as_transformers_5_writes_it(trained):
+    """It has `rope_parameters` where earlier ones have `rope_theta`; the models here have 500, not the default."""
+    model, _ = load(trained["wesar"].folder)
+    llama = to_hf(model).config.to_dict()
+    assert llama.pop("rope_theta") == 500
+    llama["rope_parameters"] = {"rope_theta": 500.0, "rope_type": "default"}
+    assert from_llama(llama, {})[0]["attn_config"]["rope_theta"] == 500
+
+
+@pytest.mark.parametrize("case", INEXPRESSIBLE)
+def test_what_no_plain_model_has_is_refused_by_name(case, trained):
+    model, _ = load(trained[case].folder)
+    assert_same_logits(logits(model, trained[case].ids), trained[case].logits, FLOAT32)  # it can still be loaded
+    for target in (merge, to_hf, lambda model: to_gated(model, "wesar")):
+        with pytest.raises(ValueError, match=rf"cannot express model\.{INEXPRESSIBLE[case]}: "):
+            target(model)
+    small, _ = load(trained["small_init"].folder)
+    with pytest.raises(ValueError, match=rf"model\.{INEXPRESSIBLE[case]}: "):
+        to_gated(small, case)
+
+
+@pytest.mark.parametrize(
+    "key, options",
+    [
+        ("norm_type", {"norm_type": "layernorm"}),
+        ("learned_pos_emb", {"learned_pos_emb": True, "attn_config": {"rope": False}}),
+        ("attn_config.rope", {"attn_config": {"rope": False, "alibi": True}}),
+        ("attn_config.alibi", {"attn_config": {"rope": False, "alibi": True}}),
+        ("attn_config.rope_hf_config.type", {"attn_config": {"rope_hf_config": {"type": "linear", "factor": 2.0}}}),
+        ("attn_config.clip_qkv", {"attn_config": {"clip_qkv": 6.0}}),
+        ("attn_config.qk_ln", {"attn_config": {"qk_ln": True}}),
+        ("attn_config.qk_gn", {"attn_config": {"qk_gn": True}}),
+        ("attn_config.attn_logit_softcapping", {"attn_config": {"attn_logit_softcapping": 30.0}}),
+        ("attn_config.sliding_window_size", {"attn_config": {"sliding_window_size": 8}}),
+        ("final_logit_softcapping", {"final_logit_softcapping": 30.0}),
+        ("attention_bias", {"attention_bias": True}),
+        ("ffn_config.ffn_act_fn", {"ffn_config": {"ffn_act_fn": {"name": "gelu", "approximate": "what"}}}),
+        ("ffn_config.ffn_act_fn", {"ffn_config": {"ffn_act_fn": {"name": "selu"}}}),
+    ],
+)
+def test_what_llama_has_not_is_refused_by_name(key, options):
+    """Each of them changes the function, so a model without it would be another one."""
+    model = build(None, init_config={"name": "small_init_"}, **options).model
+    with pytest.raises(ValueError, match=rf"ArceeForCausalLM cannot express .*model\.{key}: "):
+        hf_config(model.config)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("hidden_act", "relu2"),
+        ("rope_scaling", {"rope_type": "linear", "factor": 2.0}),
+        ("rope_parameters", {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}),
+        ("mlp_bias", True),
+        ("quantization_config", {"quant_method": "fp8"}),
+    ],
+)
+def test_what_mpt_has_not_is_refused_by_name(key, value, trained):
+    model, _ = load(trained["wesar"].folder)
+    name = "rope_type" if key.startswith("rope") else key
+    with pytest.raises(ValueError, match=rf"MPT cannot express {name}: "):
+        from_llama({**to_hf(model).config.to_dict(), key: value}, {})
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_matrix_without_a_scale_gets_no_gate(value, trained):
+    model, _ = load(trained["small_init"].folder)
+    model.transformer.blocks[1].ffn.up_proj.weight.fill_(value)
+    with pytest.raises(ValueError, match=r"transformer\.blocks\.1\.ffn\.up_proj\.weight has no scale"):
+        to_gated(model, "wesar")
+
+
+def test_weights_of_another_config_are_refused(trained):
+    model, _ = load(trained["wesar"].folder)
+    weights = dict(model.state_dict())
+    weights["transformer.norm_f.weight"] = torch.ones(31)
+    with pytest.raises(ValueError, match=r"1 weights have another shape, such as transformer\.norm_f\.weight"):
+        build_mpt(model.config, weights)
+    del weights["transformer.norm_f.weight"]
+    with pytest.raises(ValueError, match=r"1 weights are missing, such as transformer\.norm_f\.weight"):
+        build_mpt(model.config, weights)
+
+
+def test_the_stock_embedding_is_scaled_once(trained):
+    """Embedding scaling unties W_e and W_p: the unembedding is not scaled, also where both were one matrix."""
+    model, _ = load(trained["fused_and_tied"].folder)
+    assert isinstance(model.transformer.wte, ScaledEmbedding)
+    assert model.config.tie_word_embeddings and model.transformer.wte.scale != 1
+    plain = merge(model)
+    assert torch.equal(plain.lm_head.weight, model.transformer.wte.weight)
+    assert torch.equal(plain.transformer.wte.weight, model.transformer.wte.weight * model.transformer.wte.scale)

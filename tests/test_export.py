@@ -1,0 +1,208 @@
+"""Files: from checkpoints of the trainer to folders that others load, and back into the trainer."""
+
+import json
+import resource
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from llmfoundry.models.mpt.modeling_mpt import ComposerMPTCausalLM
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from llmfoundry_wesar.checkpoints import find_checkpoint
+from llmfoundry_wesar.cli import app
+from llmfoundry_wesar.export import export, load, reparameterize
+from tests.trained import EXPRESSIBLE, INEXPRESSIBLE, LENGTH, TEXT, assert_same_logits, logits, train
+from tests.transformers5 import load_in_transformers5
+
+FLOAT32 = 1e-5  # as in test_conversion
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("exported")
+    for case in EXPRESSIBLE:
+        export(trained[case].folder, folder / case)
+    export(trained["wesar"].folder, folder / "bfloat16", dtype="bfloat16")
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def elsewhere(exported, trained, tmp_path_factory) -> dict[str, dict]:
+    """What transformers ≥ 5 makes of the exported folders."""
+    ids = trained["wesar"].ids
+    return load_in_transformers5(exported, ids, TEXT[:500], tmp_path_factory.mktemp("transformers5") / "job.pt")
+
+
+@pytest.mark.parametrize("case", EXPRESSIBLE)
+def test_transformers_5_computes_what_the_trained_model_does(case, elsewhere, trained):
+    """In a class of its own, with no weight missing and none left over, so there is no gate in the file."""
+    there = elsewhere[case]
+    name = "llama.modeling_llama.LlamaForCausalLM" if case == "glu" else "arcee.modeling_arcee.ArceeForCausalLM"
+    assert there["class"] == f"transformers.models.{name}"
+    assert there["missing"] == there["unexpected"] == []
+    assert there["dtype"] == torch.float32
+    assert_same_logits(there["logits"], trained[case].logits, FLOAT32)
+
+
+@pytest.mark.parametrize("case", EXPRESSIBLE)
+def test_transformers_5_generates_with_its_cache(case, elsewhere, trained):
+    """Greedily what it generates without, and what the trained model would say next after each token."""
+    cached = elsewhere[case]["cached"]
+    assert torch.equal(cached, elsewhere[case]["uncached"])
+    assert cached.shape == (4, 8 + 16)
+    model, _ = load(trained[case].folder)
+    assert torch.equal(logits(model, cached)[:, 7:-1].argmax(-1), cached[:, 8:])
+
+
+def test_the_tokenizer_goes_along(elsewhere, trained):
+    _, tokenizer = load(trained["wesar"].folder)
+    assert elsewhere["wesar"]["ids"] == tokenizer(TEXT[:500]).input_ids
+
+
+def test_bfloat16_is_rounded_once(exported, elsewhere, trained):
+    """Merged in float32 and then rounded; its logits are 2% off at most, since bfloat16 has 8 bits: 0.4% was seen."""
+    rounded = load_file(exported["bfloat16"] / "model.safetensors")
+    for name, weight in load_file(exported["wesar"] / "model.safetensors").items():
+        assert torch.equal(rounded[name], weight.bfloat16()), name
+    assert elsewhere["bfloat16"]["dtype"] == torch.bfloat16
+    assert_same_logits(elsewhere["bfloat16"]["logits"], trained["wesar"].logits, 2e-2)
+
+
+def test_generation_starts_and_ends_with_the_tokenizers_tokens(exported, trained):
+    _, tokenizer = load(trained["wesar"].folder)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((exported["wesar"] / name).read_text())["eos_token_id"] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("case", EXPRESSIBLE)
+def test_the_stock_model_computes_what_the_trained_model_does(case, trained, tmp_path):
+    """`mpt_causal_lm`, built from the written section and strictly loaded from the written checkpoint."""
+    export(trained[case].folder, tmp_path / "mpt", format="mpt")
+    section = OmegaConf.to_container(OmegaConf.load(tmp_path / "mpt" / "model.yaml").model)
+    assert section.pop("name") == "mpt_causal_lm"
+    stock = ComposerMPTCausalLM(**section, loss_fn="torch_crossentropy")
+    stock.load_state_dict(torch.load(tmp_path / "mpt" / "checkpoint.pt")["state"]["model"])
+    assert_same_logits(logits(stock.model, trained[case].ids), trained[case].logits, FLOAT32)
+
+
+def _first_loss(data: Path, checkpoint: Path, **options: Path) -> float:
+    """The cross-entropy of the first batch after loading, by the stock trainer."""
+    resumed = [f"load_path={checkpoint}", "load_weights_only=true", "max_duration=1ba"]
+    return train(data, *resumed, **options).state.train_metrics["LanguageCrossEntropy"].compute().item()
+
+
+def test_the_stock_trainer_continues_from_either_format(text_data, trained, exported, tmp_path):
+    """The plain model as `mpt_causal_lm`, and `reparameterize` of the Hugging Face one with WeSaR.
+
+    The first batch has the loss that the trained checkpoint has there; 1e-5 for the rounding of the merged matrices.
+    """
+    checkpoint = find_checkpoint(trained["wesar"].folder)
+    loss = _first_loss(text_data, checkpoint)
+    export(checkpoint, tmp_path / "mpt", format="mpt")
+    model = OmegaConf.load(tmp_path / "mpt" / "model.yaml")
+    stock = OmegaConf.merge(OmegaConf.load("yamls/quickstart.yaml"), {"variables": {"method": None}})
+    stock.model = {**model.model, "loss_fn": "torch_crossentropy"}
+    OmegaConf.save(stock, tmp_path / "stock.yaml")
+    assert _first_loss(text_data, tmp_path / "mpt" / "checkpoint.pt", yaml=tmp_path / "stock.yaml") == pytest.approx(
+        loss, rel=1e-5
+    )
+    reparameterize(exported["wesar"], tmp_path / "gated.pt")
+    assert _first_loss(text_data, tmp_path / "gated.pt") == pytest.approx(loss, rel=1e-5)
+
+
+def test_every_way_round_ends_at_the_same_function(trained, exported, tmp_path):
+    """A checkpoint of another method → either format → gates → the plain model again."""
+    export(trained["weight_norm"].folder, tmp_path / "mpt", format="mpt")
+    for name, folder in {"hf": exported["weight_norm"], "mpt": tmp_path / "mpt"}.items():
+        section = reparameterize(folder, tmp_path / f"{name}.pt", "wesar")
+        assert section["name"] == "wesar_mpt_causal_lm" and section["fc_type"] == {"name": "wesar"}
+        export(tmp_path / f"{name}.pt", tmp_path / f"{name}_again")
+        model, tokenizer = load(tmp_path / f"{name}_again")
+        assert_same_logits(logits(model, trained["weight_norm"].ids), trained["weight_norm"].logits, FLOAT32)
+        assert tokenizer is not None
+
+
+def _run(*arguments: str | Path) -> str:
+    """Run the command line, which must fail, and return the one line that it says."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert result.stdout == ""
+    [line] = result.stderr.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("command", [["export"], ["export", "--format", "mpt"], ["reparameterize"]])
+def test_an_existing_output_is_never_touched(command, trained, tmp_path):
+    for out in (tmp_path / "folder", tmp_path / "file"):
+        out.mkdir() if out.name == "folder" else out.write_text("mine")
+        assert "exists; choose another name or remove it" in _run(*command, trained["wesar"].folder, out)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert not list((tmp_path / "folder").iterdir())
+
+
+@pytest.mark.parametrize("command", [["export"], ["export", "--format", "mpt"], ["reparameterize"]])
+def test_what_cannot_be_read_or_expressed_leaves_nothing(command, trained, exported, tmp_path):
+    """One line each, that names the file and the fault."""
+    damaged = shutil.copytree(exported["wesar"], tmp_path / "damaged")
+    with open(damaged / "model.safetensors", "r+b") as file:
+        file.truncate(100_000)
+    pickled = shutil.copytree(exported["wesar"], tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    partial = shutil.copytree(exported["wesar"], tmp_path / "partial")
+    (partial / "config.json").write_text((partial / "config.json").read_text().replace('layers": 2', 'layers": 3'))
+    foreign = shutil.copytree(exported["wesar"], tmp_path / "foreign")
+    (foreign / "config.json").write_text('{"model_type": "gpt2"}')
+    inexpressible = next(iter(INEXPRESSIBLE))
+    for path, words in {
+        damaged: "damaged",
+        pickled: "no .safetensors file; pickled weights are not read",
+        partial: "weights are missing, such as transformer.blocks.2",
+        foreign: "the model is of type gpt2, and not arcee, llama or mpt",
+        trained[inexpressible].folder: f"cannot express model.{INEXPRESSIBLE[inexpressible]}",
+        tmp_path / "nothing": "no such file or folder",
+    }.items():
+        assert words in _run(*command, path, tmp_path / "out" / "model")
+        assert not (tmp_path / "out").exists()
+
+
+@contextmanager
+def _full_disk(size: int):
+    """No file can grow beyond so many bytes, as if the disk were full then."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("command", [["export"], ["export", "--format", "mpt"], ["reparameterize"]])
+def test_a_full_disk_leaves_nothing(command, trained, tmp_path):
+    """Full in the middle of the weights, after smaller files were written."""
+    with _full_disk(20_000):
+        assert "writing failed, and nothing of it is left" in _run(*command, trained["wesar"].folder, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_options_are_named(trained, tmp_path):
+    assert "--format onnx: not one of hf, mpt" in _run(
+        "export", trained["wesar"].folder, tmp_path / "out", "--format", "onnx"
+    )
+    assert "--dtype int8" in _run("export", trained["wesar"].folder, tmp_path / "out", "--dtype", "int8")
+    assert "'nope' is not known; use one of" in _run(
+        "reparameterize", trained["wesar"].folder, tmp_path / "out", "--method", "nope"
+    )
+
+
+def test_the_command_line_prints_the_section_to_train_with(exported, tmp_path):
+    result = CliRunner().invoke(app, ["reparameterize", str(exported["grouped"]), str(tmp_path / "gated.pt")])
+    assert result.exit_code == 0, result.output
+    section = OmegaConf.create(result.stdout).model
+    assert section.init_config == {"name": "wesar_", "sigma": pytest.approx(4e-5**0.5), "backbone": "he"}
+    assert section.attn_config.kv_n_heads == 2 and section.max_seq_len == LENGTH
