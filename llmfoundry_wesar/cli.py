@@ -158,9 +158,9 @@ def compare(
     """
     import shlex
 
-    from llmfoundry_wesar.compare import plan, results, run_series
+    with one_line_errors(), _few_remarks():
+        from llmfoundry_wesar.compare import plan, results, run_series
 
-    with one_line_errors():
         lists = [[value for value in text.split(",") if value] for text in (methods, seeds)]
         if wrong := [seed for seed in lists[1] if not seed.isdecimal()]:
             raise ValueError(f"--seeds {seeds}: {wrong[0]!r} is not a whole number")
@@ -210,3 +210,29 @@ def reparameterize(
 
         section = reparameterize(model, out, method)
     echo(OmegaConf.to_yaml({"model": section}), nl=False)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, Argument(help="A folder from export, or a checkpoint.")],
+    tasks: Annotated[
+        str,
+        Option(help="paper (Tables 5 and 8), or some of wikitext,lambada,boolq,cb,copa,multirc,record,rte,wic,wsc."),
+    ] = "paper",
+    data: Annotated[str | None, Option(help="A folder with local copies of the data. [default: from the Hub]")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Score only the first so many examples of each task.")] = None,
+    batch_size: Annotated[int, Option(min=1, help="Sequences at a time.")] = 8,
+    device: Annotated[str | None, Option(help="As for torch. [default: the first GPU, or the CPU]")] = None,
+    dtype: Annotated[str, Option(help="float32, bfloat16 or float16.")] = "float32",
+    out: Annotated[Path | None, Option(help="Write the scores to this file too, as JSON.")] = None,
+) -> None:
+    """Score a model with the columns of the paper's Tables 5 and 8, through lm-evaluation-harness."""
+    with one_line_errors(), _few_remarks():
+        from llmfoundry_wesar.evaluate import evaluate
+
+        if out is not None and out.exists():
+            raise FileExistsError(f"{out} exists; choose another name or remove it.")
+        evaluation = evaluate(model, tasks, data, limit, batch_size, device, dtype)
+        echo(str(evaluation))
+        if out is not None:
+            out.write_text(json.dumps(evaluation.to_dict(), indent=2))

@@ -1,0 +1,270 @@
+"""The paper's scores of a model: perplexities on WikiText and LAMBADA (Table 5), SuperGLUE 3-shot (Table 8).
+
+Everything but the perplexity per token is EleutherAI's lm-evaluation-harness, which is given the model as an object: so
+a model is scored as foundry's MPT whatever transformers knows of its architecture, and so are those that have no plain
+form, like Post-LN.
+"""
+
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from llmfoundry_wesar import evaluation_data
+from llmfoundry_wesar.attention import flash_or_stock_attention
+from llmfoundry_wesar.export import load
+
+SHOTS = 3  # paper, section 5.4
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of the paper.
+
+    Attributes:
+        title: Its name in the paper.
+        name: Its name in lm-evaluation-harness.
+        metrics: The harness's name of each metric, by the paper's or, where that has none, ours.
+    """
+
+    title: str
+    name: str
+    metrics: dict[str, str]
+
+
+TASKS = {
+    "wikitext": Task("WikiText", "wikitext", {"per word": "word_perplexity", "per byte": "byte_perplexity"}),
+    "lambada": Task("LAMBADA", "lambada_openai", {"of the last word": "perplexity", "ACC": "acc"}),
+    "boolq": Task("BoolQ", "boolq", {"ACC": "acc"}),
+    "cb": Task("CB", "cb", {"ACC": "acc", "F1": "f1"}),
+    "copa": Task("COPA", "copa", {"ACC": "acc"}),
+    "multirc": Task("MultiRC", "multirc", {"ACC": "acc"}),
+    "record": Task("ReCoRD", "record", {"EM": "em", "F1": "f1"}),
+    "rte": Task("RTE", "sglue_rte", {"ACC": "acc"}),
+    "wic": Task("WiC", "wic", {"ACC": "acc"}),
+    "wsc": Task("WSC", "wsc", {"ACC": "acc"}),
+}
+PERPLEXITIES = ("wikitext", "lambada")
+SUPERGLUE = tuple(task for task in TASKS if task not in PERPLEXITIES)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores by task.
+
+    Attributes:
+        model: What was scored.
+        context: Tokens that the model sees at most.
+        scores: task -> metric -> value, with the paper's names of metrics; `per token` is ours.
+        examples: How many examples each task's scores are of.
+        missing: Tasks that were asked for and have no data, and why.
+        limit: Examples of a task, if not all of them.
+    """
+
+    model: str
+    context: int
+    scores: dict[str, dict[str, float]]
+    examples: dict[str, int]
+    missing: dict[str, str]
+    limit: int | None = None
+
+    def total(self, metric: str) -> float | None:
+        """Mean of a metric over all of SuperGLUE's examples that have it, as in Table 8; None if a task is missing.
+
+        Tasks count by their number of examples: only so do the rows of Table 8 give their totals.
+        """
+        tasks = [task for task in SUPERGLUE if metric in TASKS[task].metrics]
+        if any(task not in self.scores for task in tasks):
+            return None
+        total = sum(self.scores[task][metric] * self.examples[task] for task in tasks)
+        return total / sum(self.examples[task] for task in tasks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for JSON, with the totals."""
+        return {**asdict(self), "superglue_total": {metric: self.total(metric) for metric in ("ACC", "EM", "F1")}}
+
+    def __str__(self) -> str:
+        lines = [self.model, ""]
+        perplexities = [task for task in PERPLEXITIES if task in self.scores]
+        if perplexities:
+            kinds = {
+                "per token": f"per token, all text, in windows of {self.context} tokens",
+                "per word": "per word, as lm-evaluation-harness reports it",
+                "of the last word": "of the last word, as lm-evaluation-harness reports it",
+            }
+            cells = [["Perplexity (Table 5)", *(TASKS[task].title for task in perplexities)]]
+            cells += [
+                [text, *(_number(self.scores[task].get(kind)) for task in perplexities)] for kind, text in kinds.items()
+            ]
+            if "lambada" in perplexities:
+                accuracy = _number(self.scores["lambada"]["ACC"], 100)
+                cells.append(
+                    ["accuracy of the last word, %", *("–" if t == "wikitext" else accuracy for t in perplexities)]
+                )
+            lines += [*_columns(cells), ""]
+        scored = [task for task in SUPERGLUE if task in self.scores]
+        if scored:
+            cells = [[f"{SHOTS}-shot, % (Table 8)", *(TASKS[task].title for task in SUPERGLUE), "Total"]]
+            for metric in ("ACC", "EM", "F1"):
+                values = [self.scores.get(task, {}).get(metric) for task in SUPERGLUE]
+                cells.append([metric, *(_number(value, 100) for value in (*values, self.total(metric)))])
+            lines += [*_columns(cells), ""]
+        lines += [f"{TASKS[task].title} was not scored: {reason}" for task, reason in self.missing.items()]
+        if self.limit is not None:
+            lines.append(f"Only the first {self.limit} examples of each task: not comparable with anything else.")
+        return "\n".join(lines).rstrip()
+
+
+def _number(value: float | None, factor: float = 1.0) -> str:
+    return "–" if value is None else f"{value * factor:.2f}"
+
+
+def _columns(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    first, *rest = widths
+    return [
+        "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], rest, strict=True))])
+        for row in rows
+    ]
+
+
+@torch.no_grad()
+def token_perplexity(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterable[str],
+    context: int,
+    batch_size: int = 8,
+) -> float:
+    r"""Perplexity per token, :math:`\exp(-\frac1n\sum\log p(x_t \mid x_{<t}))`, in the form of the training data.
+
+    The documents' tokens, an EOS after each, are joined and cut into windows of `context` tokens, as
+    `llmfoundry-wesar data` cuts its sequences; the first token of a window is not predicted. A shorter last one counts.
+
+    Args:
+        model: A causal Hugging Face model.
+        tokenizer: Its tokenizer; special tokens that a document spells out are encoded as text.
+        documents: The text.
+        context: Tokens in a window.
+        batch_size: Windows at a time.
+
+    Raises:
+        ValueError: If there is no text.
+    """
+    texts = list(documents)
+    if not any(texts):
+        raise ValueError("perplexity per token: there is no text.")
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+    ids = torch.tensor([token for text in encoded for token in (*text, tokenizer.eos_token_id)])
+    whole = len(ids) // context * context
+    batches: list[Tensor] = [*ids[:whole].view(-1, context).split(batch_size), ids[whole:].view(1, -1)]
+    device = next(model.parameters()).device
+    loss, count = 0.0, 0
+    for batch in batches:
+        if batch.size(0) > 0 and batch.size(1) > 1:
+            batch = batch.to(device)
+            logits = model(batch).logits[:, :-1].float()
+            loss += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+            count += batch[:, 1:].numel()
+    return math.exp(loss / count)
+
+
+def _harness_tasks(tasks: Sequence[str], data: Path | None) -> tuple[dict[str, Any], dict[str, str]]:
+    """The harness's tasks by our names, and those that have no data."""
+    from datasets import Dataset, DatasetDict
+    from lm_eval import tasks as harness
+    from lm_eval.tasks import TaskManager
+
+    known = Path(harness.__file__).parent
+    manager = TaskManager(
+        include_defaults=False, include_path=[known / n for n in ("wikitext", "lambada", "super_glue")]
+    )
+    members, missing = {}, {}
+    for task in tasks:
+        name = TASKS[task].name
+        members[task] = {"task": name, "num_fewshot": SHOTS if task in SUPERGLUE else 0}
+        if data is not None:
+            try:
+                splits = evaluation_data.rows(data, name)
+            except FileNotFoundError as error:
+                missing[task] = str(error)
+                del members[task]
+                continue
+            dataset = DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()})
+            members[task]["custom_dataset"] = lambda dataset=dataset, **_: dataset
+            if task == "wikitext":
+                members[task] |= {"training_split": None, "validation_split": None}
+    loaded = manager.load([{"group": "paper", "task": list(members.values())}])["tasks"]
+    return {task: loaded[TASKS[task].name] for task in members}, missing
+
+
+def evaluate(
+    path: str | Path,
+    tasks: str = "paper",
+    data: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    device: str | None = None,
+    dtype: str = "float32",
+) -> Evaluation:
+    """Score a model.
+
+    Args:
+        path: What `export` writes, or a checkpoint itself: as for `export.load`.
+        tasks: `paper` for all, or names of `TASKS` with commas between them.
+        data: Local copies of the data (see `evaluation_data`); None for the Hugging Face Hub.
+        limit: Score only the first so many examples of each task.
+        batch_size: Sequences at a time.
+        device: As for torch; by default the first GPU, if there is one.
+        dtype: Of the weights: float32, bfloat16 or float16.
+
+    Raises:
+        FileNotFoundError: If there is no model, or no data for any task, or for one that was asked for by name.
+        ValueError: If the model cannot be loaded or has no tokenizer, or an option is unknown.
+        RuntimeError: If lm-evaluation-harness is not installed.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise RuntimeError("lm-evaluation-harness is missing: pip install 'llmfoundry_wesar[evaluate]'.") from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    names = list(TASKS) if tasks == "paper" else tasks.split(",")
+    if unknown := [name for name in names if name not in TASKS]:
+        raise ValueError(f"--tasks {tasks}: {unknown[0]!r} is not paper or one of {', '.join(TASKS)}.")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype {dtype}: not one of float32, bfloat16, float16.")
+    harness_tasks, missing = _harness_tasks(names, None if data is None else Path(data))
+    if missing and (tasks != "paper" or not harness_tasks):
+        raise FileNotFoundError(next(iter(missing.values())))
+    model, tokenizer = load(path)
+    if tokenizer is None:
+        raise ValueError(f"{path}: no tokenizer, without which there is nothing to score.")
+    for module in model.modules():
+        if hasattr(module, "attn_fn"):
+            module.attn_fn = flash_or_stock_attention  # type: ignore[assignment]
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device, getattr(torch, dtype))  # type: ignore[arg-type]
+    context = model.config.max_seq_len
+    options: dict[str, Any] = {"batch_size": batch_size, "max_length": context, "softmax_dtype": "float32"}
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, **options)  # type: ignore[arg-type]
+    run: Any = simple_evaluate
+    results = run(lm, tasks=list(harness_tasks.values()), limit=limit, bootstrap_iters=0, log_samples=False)
+    scores: dict[str, dict[str, float]] = {}
+    for name, task in harness_tasks.items():
+        values = results["results"][TASKS[name].name]
+        scores[name] = {metric: float(values[f"{key},none"]) for metric, key in TASKS[name].metrics.items()}
+        if name in PERPLEXITIES:
+            documents = (row["page" if name == "wikitext" else "text"] for row in task.test_docs())
+            perplexity = token_perplexity(model, tokenizer, islice(documents, limit), context, batch_size)
+            scores[name] = {"per token": perplexity, **scores[name]}
+    examples = {name: results["n-samples"][TASKS[name].name]["effective"] for name in harness_tasks}
+    return Evaluation(str(path), context, scores, examples, missing, limit)

@@ -1,0 +1,140 @@
+"""Local copies of the paper's evaluation data, in the form in which lm-evaluation-harness gets them from the Hub.
+
+    DIR/wikitext2_test.raw       WikiText-2 (or 103) test set, raw
+    DIR/lambada_test.jsonl       LAMBADA test set as OpenAI has it: a "text" a line
+    DIR/superglue/TASK/*.jsonl   SuperGLUE as its authors publish it, with TASK one of BoolQ, CB, COPA, MultiRC, ReCoRD,
+                                 RTE, WiC, WSC; val.jsonl is scored, train.jsonl gives the few-shot examples
+
+The first two may have .xz behind their names, and `superglue` may be `superglue.tar.xz`.
+"""
+
+import json
+import lzma
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def _wikitext(text: str) -> Iterator[Row]:
+    """Articles, one at each heading of the first level."""
+    article: list[str] = []
+    for line in [*text.split("\n"), " = End = "]:
+        heading = line.strip()
+        if heading.startswith("= ") and heading.endswith(" =") and not heading.startswith("= ="):
+            if "".join(article).strip():
+                yield {"page": "\n".join(article)}
+            article = []
+        article.append(line)
+
+
+def _plain(row: Row) -> Iterator[Row]:
+    yield {**row, "label": int(row["label"])}
+
+
+def _named(*labels: str) -> Callable[[Row], Iterator[Row]]:
+    return lambda row: iter([{**row, "label": labels.index(row["label"])}])
+
+
+def _multirc(row: Row) -> Iterator[Row]:
+    for question in row["passage"]["questions"]:
+        for answer in question["answers"]:
+            yield {
+                "idx": row["idx"],
+                "paragraph": row["passage"]["text"],
+                "question": question["question"],
+                "answer": answer["text"],
+                "label": int(answer["label"]),
+            }
+
+
+def _record(row: Row) -> Iterator[Row]:
+    text = row["passage"]["text"]
+    entities = sorted({text[entity["start"] : entity["end"] + 1] for entity in row["passage"]["entities"]})
+    for question in row["qas"]:
+        answers = sorted({answer["text"] for answer in question["answers"]})
+        yield {
+            "idx": row["idx"],
+            "passage": text,
+            "query": question["query"],
+            "entities": entities,
+            "answers": answers,
+        }
+
+
+def _wsc(row: Row) -> Iterator[Row]:
+    """With the spans as they stand in the text, which is what the variant `wsc.fixed` fixes."""
+    target, words = dict(row["target"]), row["text"].split()
+    for span in ("span1", "span2"):
+        length = len(target[f"{span}_text"].split())
+        if target[f"{span}_text"] not in row["text"]:
+            first = target[f"{span}_index"]
+            target[f"{span}_text"] = " ".join(words[first : first + length]).rstrip(".,;")
+    yield {"idx": row["idx"], "text": row["text"], **target, "label": int(row["label"])}
+
+
+# SuperGLUE's folders, and how a line of their files becomes rows, by lm-evaluation-harness's names.
+_SUPERGLUE: dict[str, tuple[str, Callable[[Row], Iterable[Row]]]] = {
+    "boolq": ("BoolQ", _plain),
+    "cb": ("CB", _named("entailment", "contradiction", "neutral")),
+    "copa": ("COPA", _plain),
+    "multirc": ("MultiRC", _multirc),
+    "record": ("ReCoRD", _record),
+    "sglue_rte": ("RTE", _named("entailment", "not_entailment")),
+    "wic": ("WiC", _plain),
+    "wsc": ("WSC", _wsc),
+}
+
+
+def _open(path: Path) -> str:
+    packed = path.with_name(f"{path.name}.xz")
+    if packed.is_file():
+        return lzma.open(packed, "rt", encoding="utf-8").read()
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    raise FileNotFoundError(f"{path}: no such file, and none with .xz behind its name.")
+
+
+def _superglue(folder: Path, name: str) -> str:
+    archive = folder / "superglue.tar.xz"
+    if not archive.is_file():
+        return _open(folder / "superglue" / name)
+    with tarfile.open(archive) as members:
+        try:
+            file = members.extractfile(f"superglue/{name}")
+        except KeyError:
+            raise FileNotFoundError(f"{archive}: no superglue/{name} in it.") from None
+        assert file is not None
+        return file.read().decode()
+
+
+def rows(folder: str | Path, task: str) -> dict[str, list[Row]]:
+    """Read the data of one task.
+
+    Args:
+        folder: DIR.
+        task: lm-evaluation-harness's name: wikitext, lambada_openai, or one of SuperGLUE's.
+
+    Returns:
+        The rows of the splits that the harness asks for: `test`, or `train` and `validation`.
+
+    Raises:
+        FileNotFoundError: If the folder has none.
+        ValueError: If they cannot be read.
+    """
+    folder = Path(folder)
+    try:
+        if task == "wikitext":
+            return {"test": list(_wikitext(_open(folder / "wikitext2_test.raw")))}
+        if task == "lambada_openai":
+            return {"test": [json.loads(line) for line in _open(folder / "lambada_test.jsonl").splitlines()]}
+        name, rows_of = _SUPERGLUE[task]
+        files = {"train": f"{name}/train.jsonl", "validation": f"{name}/val.jsonl"}
+        return {
+            split: [row for line in _superglue(folder, file).splitlines() for row in rows_of(json.loads(line))]
+            for split, file in files.items()
+        }
+    except (ValueError, KeyError, TypeError, IndexError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
+        raise ValueError(f"{folder}: the data of {task} cannot be read ({error!r}).") from error

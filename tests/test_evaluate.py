@@ -1,0 +1,185 @@
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
+from typer.testing import CliRunner
+
+from llmfoundry_wesar.cli import app
+from llmfoundry_wesar.data import prepare
+from llmfoundry_wesar.evaluate import TASKS, Evaluation, evaluate, token_perplexity
+from llmfoundry_wesar.evaluation_data import rows
+from llmfoundry_wesar.export import export, load
+from tests.distributed import REPOSITORY
+from tests.evaluation_files import LAMBADA, write
+from tests.trained import LENGTH, TEXT, train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("evaluation") / "data", packed=True)
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "wesar"
+    export(trained["wesar"].folder, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scored(exported, data) -> Evaluation:
+    return evaluate(exported, data=data, batch_size=2)
+
+
+def test_the_perplexity_per_token_is_its_definition(trained):
+    """One prediction at a time, in windows of 64 that begin without context; float32 sums of a thousand terms: 1e-5."""
+    model, tokenizer = load(trained["wesar"].folder)
+    documents = [TEXT[:1000], TEXT[1000:1900]]
+    ids = [token for text in documents for token in (*tokenizer(text).input_ids, tokenizer.eos_token_id)]
+    losses = []
+    for start in range(0, len(ids), LENGTH):
+        window = torch.tensor([ids[start : start + LENGTH]])
+        for i in range(1, window.size(1)):
+            losses.append(F.cross_entropy(model(window[:, :i]).logits[0, -1:], window[:, i]).item())
+    expected = math.exp(sum(losses) / len(losses))
+    assert token_perplexity(model, tokenizer, documents, LENGTH, batch_size=3) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="there is no text"):
+        token_perplexity(model, tokenizer, [], LENGTH)
+
+
+def test_the_harness_scores_the_model_that_was_given(scored, exported):
+    """LAMBADA's last words, computed here from the logits."""
+    model, tokenizer = load(exported)
+    log_probabilities, hits = [], []
+    for text in LAMBADA:
+        context, _, word = text.rpartition(" ")
+        prompt, target = tokenizer(context).input_ids, tokenizer(" " + word).input_ids
+        logits = model(torch.tensor([[*prompt, *target]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        log_probabilities.append(logits[range(len(target)), target].sum().item())
+        hits.append(logits.argmax(-1).tolist() == target)
+    expected = math.exp(-sum(log_probabilities) / len(LAMBADA))
+    assert scored.scores["lambada"]["of the last word"] == pytest.approx(expected, rel=1e-4)
+    assert scored.scores["lambada"]["ACC"] == sum(hits) / len(LAMBADA)
+
+
+def test_all_columns_of_the_tables_are_printed(scored):
+    assert scored.scores.keys() == TASKS.keys() and not scored.missing
+    assert scored.context == LENGTH
+    assert scored.examples["multirc"] == 4 and scored.examples["boolq"] == 2
+    perplexities, superglue = str(scored).split("\n\n")[1:3]
+    assert perplexities.splitlines()[0].split()[-2:] == ["WikiText", "LAMBADA"]
+    assert f"per token, all text, in windows of {LENGTH} tokens" in perplexities
+    assert "per word, as lm-evaluation-harness reports it" in perplexities
+    head, *metrics = [line.split() for line in superglue.splitlines()]
+    assert head[-9:] == ["BoolQ", "CB", "COPA", "MultiRC", "ReCoRD", "RTE", "WiC", "WSC", "Total"]
+    assert [line[0] for line in metrics] == ["ACC", "EM", "F1"]
+    assert [line[1:].count("–") for line in metrics] == [1, 7, 6]
+
+
+def test_a_checkpoint_scores_what_its_export_does(scored, trained, data):
+    """The gated model and the merged one; 1e-4 on a perplexity is 1e-5 on the logits at most."""
+    gated = evaluate(trained["wesar"].folder, data=data)
+    for task, scores in scored.scores.items():
+        assert gated.scores[task] == pytest.approx(scores, rel=1e-4), task
+
+
+def test_a_model_without_a_plain_form_is_scored_too(trained, data):
+    """Table 6 has rows with Post-LN. Per token as from the logits, also with an EOS behind each article."""
+    folder = trained["sigma_reparam_post_ln"].folder
+    pages = [row["page"] for row in rows(data, "wikitext")["test"]]
+    expected = token_perplexity(*load(folder), pages, LENGTH)
+    scores = evaluate(folder, "wikitext", data).scores["wikitext"]
+    assert scores["per token"] == pytest.approx(expected, rel=1e-5)
+    assert math.isfinite(scores["per word"])
+
+
+def test_totals_are_those_of_the_papers_table():
+    """The row WeSaR of Table 8: only a mean over all examples gives its totals, 57.73, 76.68 and 77.16."""
+    accuracies = {"boolq": 61.62, "copa": 76.00, "multirc": 56.81, "rte": 50.54, "wic": 48.75, "wsc": 44.23}
+    scores = {task: {"ACC": value} for task, value in accuracies.items()}
+    scores |= {"cb": {"ACC": 41.07, "F1": 38.54}, "record": {"EM": 76.68, "F1": 77.37}}
+    examples = {
+        "boolq": 3270,
+        "cb": 56,
+        "copa": 100,
+        "multirc": 4848,
+        "rte": 277,
+        "wic": 638,
+        "wsc": 104,
+        "record": 10000,
+    }
+    evaluation = Evaluation("", 2048, scores, examples, {})
+    totals = [evaluation.total(metric) for metric in ("ACC", "EM", "F1")]
+    assert totals == pytest.approx([57.73, 76.68, 77.16], abs=0.01)  # of values given to 0.01
+
+
+def test_a_missing_task_is_said_and_not_averaged_away(exported, tmp_path):
+    folder = write(tmp_path / "data", packed=False, without=("ReCoRD",))
+    arguments = [
+        "evaluate",
+        str(exported),
+        "--data",
+        str(folder),
+        "--limit",
+        "1",
+        "--out",
+        str(tmp_path / "scores.json"),
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "ReCoRD was not scored: " in result.stdout
+    assert "Only the first 1 examples of each task: not comparable" in result.stdout
+    written = json.loads((tmp_path / "scores.json").read_text())
+    assert "record" not in written["scores"]
+    assert written["superglue_total"]["EM"] is written["superglue_total"]["F1"] is None
+    assert written["superglue_total"]["ACC"] is not None
+    assert set(written["examples"].values()) == {1}
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--tasks", "record"], "ReCoRD/train.jsonl"),
+        (["--tasks", "hellaswag"], "'hellaswag' is not paper or one of wikitext, lambada,"),
+        (["--dtype", "int8"], "--dtype int8"),
+    ],
+)
+def test_what_cannot_be_scored_is_one_line(options, words, exported, tmp_path):
+    folder = write(tmp_path / "data", packed=False, without=("ReCoRD",))
+    result = CliRunner().invoke(app, ["evaluate", str(exported), "--data", str(folder), *options])
+    assert result.exit_code == 1 and result.stdout == ""
+    [line] = result.stderr.splitlines()
+    assert words in line
+
+
+def test_eval_loaders_log_the_same_perplexity_during_training(trained, text_data, tmp_path):
+    """Of a text that fills whole windows, since the data tool drops a shorter last one; 1e-5 for float32 sums."""
+    model, tokenizer = load(trained["wesar"].folder)
+    text = tokenizer.decode(tokenizer(TEXT[:6000]).input_ids[: 9 * LENGTH - 1])
+    (tmp_path / "lambada_test.jsonl").write_text(json.dumps({"text": text}))
+    shards = {"sequence_length": LENGTH, "tokenizer": str(text_data / "tokenizer"), "val_fraction": 0, "shuffle": False}
+    prepare(tmp_path / "lambada", [tmp_path / "lambada_test.jsonl"], **shards)
+    config = OmegaConf.load(REPOSITORY / "yamls/quickstart.yaml")
+    loader = config.eval_loader
+    loader.label = "lambada"
+    loader.dataset |= {"local": str(tmp_path / "lambada"), "split": "train", "max_seq_len": LENGTH}
+    config.eval_loader = []
+    OmegaConf.save(config, tmp_path / "config.yaml")
+    overrides = [
+        f"load_path={next(trained['wesar'].folder.glob('ep0-ba4*'))}",
+        "load_weights_only=true",
+        "optimizer.lr=0",
+    ]
+    overrides += ["max_duration=1ba", "eval_interval=1ba", "device_eval_batch_size=4", f"eval_loader=[{_flow(loader)}]"]
+    trainer = train(text_data, *overrides, yaml=tmp_path / "config.yaml")
+    logged = trainer.state.eval_metrics["eval/lambada"]["LanguagePerplexity"].compute().item()
+    assert logged == pytest.approx(token_perplexity(model, tokenizer, [text], LENGTH), rel=1e-5)
+
+
+def _flow(config: Any) -> str:
+    """A config in one line."""
+    return json.dumps(OmegaConf.to_container(config, resolve=False))
