@@ -102,27 +102,31 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     path = find_checkpoint(path)
     state = (_read_sharded if path.is_dir() else _read_whole)(path)
     try:
-        state = state["state"]
-        weights, model = state["model"], state["integrations"]["huggingface"]
-        config, tokenizer = model["model"]["config"]["content"], model.get("tokenizer")
+        weights, model = state["state"]["model"], state["state"]["integrations"]["huggingface"]
+        config, tokenizer = dict(model["model"]["config"]["content"]), model.get("tokenizer")
         weights = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
-        assert all(isinstance(tensor, Tensor) for tensor in weights.values())
-        assert isinstance(config, dict)
-    except (KeyError, TypeError, AttributeError, AssertionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{path}: not a Composer checkpoint of a Hugging Face model, which has `state.model` and "
-            f"`state.integrations.huggingface` (lacks {error})."
+            f"`state.integrations.huggingface` ({error!r})."
         ) from error
+    if strange := [name for name, tensor in weights.items() if not isinstance(tensor, Tensor)]:
+        raise ValueError(f"{path}: not a Composer checkpoint of a Hugging Face model, since {strange[0]} is no tensor.")
     return Checkpoint(config, weights, _load_tokenizer(tokenizer, path) if tokenizer else None)
 
 
 def _load_tokenizer(files: dict[str, Any], path: Path) -> PreTrainedTokenizerBase:
     if outside := [name for name in files if Path(name).name != name]:
         raise ValueError(f"{path}: refused, since a file of its tokenizer would be written outside: {outside[0]}.")
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = HuggingFaceModel.load_huggingface_tokenizer_from_saved_state(
-            {"tokenizer": files}, trust_remote_code=False, tokenizer_save_dir=folder
-        )
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer = HuggingFaceModel.load_huggingface_tokenizer_from_saved_state(
+                {"tokenizer": files}, trust_remote_code=False, tokenizer_save_dir=folder
+            )
+    except OSError:
+        raise
+    except Exception as error:  # tokenizers raises no other kind
+        raise ValueError(f"{path}: its tokenizer cannot be loaded ({str(error).splitlines()[0]}).") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 

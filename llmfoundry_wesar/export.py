@@ -52,7 +52,7 @@ def load(path: str | Path) -> tuple[WeSaRMPTForCausalLM, PreTrainedTokenizerBase
         mpt_config = WeSaRMPTConfig.from_dict({**config, "attn_config": attention})
         assert isinstance(mpt_config, WeSaRMPTConfig)
         model = build_mpt(mpt_config, {name: weight.float() for name, weight in weights.items()})
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, ImportError) as error:
         raise ValueError(f"{path}: {error}") from error
     assert isinstance(model, WeSaRMPTForCausalLM)
     return model, checkpoint.tokenizer
@@ -118,8 +118,9 @@ def export(path: str | Path, out: str | Path, format: Format = "hf", dtype: Dtyp
     """Write the plain model of a checkpoint to a new folder, with its tokenizer.
 
     `hf` writes config, safetensors and generation config of an `ArceeForCausalLM`, or of a `LlamaForCausalLM` for a
-    GLU. `mpt` writes `checkpoint.pt`, for the stock trainer's `load_path` with `load_weights_only: true`, and
-    `model.yaml`, the `model` section (`name: mpt_causal_lm`) that goes with it.
+    GLU. `mpt` writes `checkpoint.pt`, for the stock trainer's `load_path` with `load_weights_only: true` (under FSDP
+    also `fsdp_config.state_dict_type: full`, since it is one file), and `model.yaml`, the `model` section
+    (`name: mpt_causal_lm`) that goes with it.
 
     Args:
         path: As for `load`.
@@ -157,7 +158,8 @@ def reparameterize(path: str | Path, out: str | Path, method: str = "wesar") -> 
 
     Args:
         path: As for `load`.
-        out: The file, for `load_path` with `load_weights_only: true`; it appears whole or not at all.
+        out: The file, for `load_path` with `load_weights_only: true`, and under FSDP `state_dict_type: full`; it
+            appears whole or not at all.
         method: A name that `variables.method` knows.
 
     Returns:

@@ -97,6 +97,14 @@ def test_a_tokenizer_file_outside_its_folder_is_refused(trained, tmp_path):
         read_checkpoint(tmp_path / "hostile.pt")
 
 
+def test_a_damaged_tokenizer_is_named(trained, tmp_path):
+    checkpoint = torch.load(find_checkpoint(trained["wesar"].folder), weights_only=False)
+    del checkpoint["state"]["integrations"]["huggingface"]["tokenizer"]["tokenizer.json"]["content"]["model"]
+    torch.save(checkpoint, tmp_path / "damaged.pt")
+    with pytest.raises(ValueError, match=r"damaged\.pt: its tokenizer cannot be loaded \("):
+        read_checkpoint(tmp_path / "damaged.pt")
+
+
 def _flip(path: Path, offset: int) -> None:
     with open(path, "r+b") as file:
         file.seek(offset)
@@ -121,7 +129,10 @@ def test_a_damaged_whole_checkpoint_is_refused(trained, tmp_path):
         read_checkpoint(path)
 
 
-@pytest.mark.parametrize("content", [{"model": {}}, {"state": {"model": {"a": 1}}}, [torch.zeros(1)]])
+_NO_TENSOR = {"model": {"a": 1}, "integrations": {"huggingface": {"model": {"config": {"content": {}}}}}}
+
+
+@pytest.mark.parametrize("content", [{"model": {}}, {"state": {"model": {}}}, {"state": _NO_TENSOR}, [torch.zeros(1)]])
 def test_a_foreign_checkpoint_is_refused(content, tmp_path):
     torch.save(content, tmp_path / "foreign.pt")
     with pytest.raises(ValueError, match="not a Composer checkpoint of a Hugging Face model"):

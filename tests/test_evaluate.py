@@ -146,6 +146,7 @@ def test_a_missing_task_is_said_and_not_averaged_away(exported, tmp_path):
         (["--tasks", "record"], "ReCoRD/train.jsonl"),
         (["--tasks", "hellaswag"], "'hellaswag' is not paper or one of wikitext, lambada,"),
         (["--dtype", "int8"], "--dtype int8"),
+        (["--data", "nowhere"], "nowhere/wikitext2_test.raw: no such file"),
     ],
 )
 def test_what_cannot_be_scored_is_one_line(options, words, exported, tmp_path):

@@ -65,7 +65,7 @@ def test_the_tokenizer_goes_along(elsewhere, trained):
 
 
 def test_bfloat16_is_rounded_once(exported, elsewhere, trained):
-    """Merged in float32 and then rounded; its logits are 2% off at most, since bfloat16 has 8 bits: 0.4% was seen."""
+    """Merged in float32 and then rounded to the 8 bits of bfloat16; its logits are 2% off at most."""
     rounded = load_file(exported["bfloat16"] / "model.safetensors")
     for name, weight in load_file(exported["wesar"] / "model.safetensors").items():
         assert torch.equal(rounded[name], weight.bfloat16()), name
