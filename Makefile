@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS := ignore
 
+# The tests' tensors are so small that threads would only wait for one another.
+test check: export OMP_NUM_THREADS = 1
+
 .PHONY: quickstart test check clean
 
 quickstart: $(VENV)/ready
