@@ -157,6 +157,12 @@ def init_matrix(
         return False
     assert isinstance(module, nn.Linear | nn.Embedding)
     sigma = init_fn_.sigma
+    if (sigma is not None) != isinstance(module, Reparameterized):
+        raise ValueError(
+            f"model.init_config.name: wesar_ is for reparameterised layers and he_init_ for plain ones, and "
+            f"{type(module).__name__} is not: set `model.fc_type: {{name: {'torch' if sigma is None else 'wesar'}}}`, "
+            f"or `model.init_config.name: {'wesar_' if sigma is None else 'he_init_'}`."
+        )
     divisor = div_is_residual if init_div_is_residual is not False else 1.0
     std = backbone_std(role, init_fn_.backbone, module.weight.size(1), init_fn_.d_model, divisor)
     nn.init.normal_(module.weight, std=std if sigma is None else sigma)
@@ -166,12 +172,6 @@ def init_matrix(
                 module.weight[module.padding_idx].fill_(0)
     elif module.bias is not None:
         nn.init.zeros_(module.bias)
-    if (sigma is not None) != isinstance(module, Reparameterized):
-        raise ValueError(
-            f"model.init_config.name: wesar_ is for reparameterised layers and he_init_ for plain ones, and "
-            f"{type(module).__name__} is not: set `model.fc_type: {{name: {'torch' if sigma is None else 'wesar'}}}`, "
-            f"or `model.init_config.name: {'wesar_' if sigma is None else 'he_init_'}`."
-        )
     if isinstance(module, Reparameterized) and sigma is not None:
         # Embedding scaling: the embedding's output has variance 1 whatever the backbone.
         virtual_std = 1.0 if role.name == "W_e" else std

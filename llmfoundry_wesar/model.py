@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from llmfoundry_wesar.attention import drop_full_mask
-from llmfoundry_wesar.initialization import ROLES, activation_gain, assign_roles, check_init_config
+from llmfoundry_wesar.initialization import ROLES, activation_gain, assign_roles, backbone_std, check_init_config
 from llmfoundry_wesar.layers import EMBEDDINGS, GatedLinear, Reparameterized, WeightNormLinear
 from llmfoundry_wesar.losses import LossHead, LossLinear, LossTerms, cross_entropy
 
@@ -94,10 +94,9 @@ class WeSaRMPTConfig(MPTConfig):
             return fc_class.expected_start(shape, init["sigma"], 1.0, init.get("gain_init", "method"))[1]
         if init.get("emb_init_std"):
             return init["emb_init_std"]
-        if init["name"] == "small_init_":
-            return math.sqrt(2 / (5 * self.d_model))
-        if init["name"] == "he_init_":
-            return math.sqrt(1 / self.d_model)
+        if init["name"] in ("small_init_", "he_init_"):
+            backbone = "small" if init["name"] == "small_init_" else "he"
+            return backbone_std(ROLES["wte"], backbone, self.d_model, self.d_model, 1.0)
         raise ValueError(
             f"model.embedding_scaling: true needs σ_e, and model.init_config.name: {init['name']} does not tell it; "
             "set model.init_config.emb_init_std, or use small_init_, he_init_ or wesar_."
@@ -109,7 +108,7 @@ class WeSaRMPTConfig(MPTConfig):
             raise ValueError(f"model.z_loss: {self.z_loss!r} is not a number ≥ 0; the paper's is 1.0e-4.")
         if self.norm_placement not in ("pre", "post"):
             raise ValueError(f"model.norm_placement: {self.norm_placement!r} is not one of pre, post.")
-        if self.norm_placement == "post" and self.blocks_fuse_norm:
+        if self.norm_placement == "post" and getattr(self, "fuse_norm_attn_norm", False):
             raise ValueError(
                 "model.norm_placement: post does not go with fuse_norm_attn_norm: true; set that to false."
             )
@@ -161,11 +160,6 @@ class WeSaRMPTConfig(MPTConfig):
                 f"model.learned_pos_emb: true has no σ_• under {init}; the paper has RoPE: "
                 "set `learned_pos_emb: false`, `attn_config: {rope: true, rope_impl: hf}`."
             )
-
-    @property
-    def blocks_fuse_norm(self) -> bool:
-        """Whether foundry's fused norm–attention–norm module is asked for."""
-        return bool(getattr(self, "fuse_norm_attn_norm", False))
 
 
 class _Scale(nn.Module):
