@@ -66,9 +66,9 @@ _HOW_TO_LOG = {
 }
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; grey takes the place of their yellow.
-_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C"]
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C"]
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.grid": True,
     "axes.spines.right": False,
@@ -265,9 +265,9 @@ def draw(
     panels = {"family": spec.families, "run": list(runs), "role": roles}[spec.panels]
     hues = roles if spec.panels == "run" else list(runs)
     many = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(hues)))
-    colours = dict(zip(hues, _COLOURS if len(hues) <= len(_COLOURS) else many, strict=False))
+    colours = dict(zip(hues, COLOURS if len(hues) <= len(COLOURS) else many, strict=False))
     deepest = max(curve.block or 0 for curve in curves)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         picture, axes = _layout(spec, panels)
         named = defaultdict(list)
         for curve in curves:

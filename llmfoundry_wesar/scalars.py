@@ -1,6 +1,7 @@
 """What runs logged: metrics from TensorBoard folders and CSV files, and which matrix of which block each is of."""
 
 import csv
+import lzma
 import math
 import os
 import re
@@ -8,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
@@ -80,9 +81,13 @@ def _read_folder(path: Path) -> dict[str, Scalars]:
     }
 
 
+def _open_csv(path: Path, mode: str) -> IO[str]:
+    return (lzma.open if path.suffix == ".xz" else open)(path, mode + "t", newline="", encoding="utf-8")  # type: ignore[return-value]
+
+
 def _read_csv(path: Path) -> dict[str, Scalars]:
     points = defaultdict(lambda: defaultdict(list))
-    with path.open(newline="", encoding="utf-8") as file:
+    with _open_csv(path, "r") as file:
         rows = csv.reader(file)
         if next(rows, None) != ["run", "metric", "step", "value"]:
             raise ValueError(f"{path}: the first line must be run,metric,step,value")
@@ -98,14 +103,14 @@ def _read_csv(path: Path) -> dict[str, Scalars]:
 
 
 def read_runs(path: str | Path) -> dict[str, Scalars]:
-    """Reads every run in a TensorBoard folder, or in a CSV file of `write_csv`.
+    """Reads every run in a TensorBoard folder, or in a `.csv` or `.csv.xz` file of `write_csv`.
 
     Composer's `TensorboardLogger` opens a new event file in `<log_dir>/<run_name>` after each flush, so all files of
     one folder are one run. A run resumed from a checkpoint logs some steps again: the later write wins. (So a run that
     starts afresh in a folder with event files looks like a resumed one.)
 
     Args:
-        path: A run's folder, one above it (such as `log_dir`, with all runs in it), or a `.csv` file.
+        path: A run's folder, one above it (such as `log_dir`, with all runs in it), or a file.
 
     Returns:
         Name → metrics. A run in a folder is called after the folder of its event files; of several, each is called
@@ -120,8 +125,8 @@ def read_runs(path: str | Path) -> dict[str, Scalars]:
         return _read_folder(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such folder or file")
-    if path.suffix != ".csv":
-        raise ValueError(f"{path}: neither a TensorBoard folder nor a .csv file")
+    if not path.name.endswith((".csv", ".csv.xz")):
+        raise ValueError(f"{path}: neither a TensorBoard folder nor a .csv or .csv.xz file")
     return _read_csv(path)
 
 
@@ -178,8 +183,11 @@ def find_curves(run: str, scalars: Scalars, prefix: str) -> list[Curve]:
 
 
 def write_csv(path: str | Path, runs: Mapping[str, Scalars]) -> None:
-    """Writes rows run,metric,step,value, with as many digits as float32 needs: `read_runs` gives back the same."""
-    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+    """Writes rows run,metric,step,value, with as many digits as float32 needs: `read_runs` gives back the same.
+
+    A path that ends with `.xz` is compressed.
+    """
+    with replacing(path) as partial, _open_csv(partial, "w") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["run", "metric", "step", "value"])
         for run, scalars in runs.items():

@@ -155,7 +155,8 @@ def test_load_runs_keeps_the_order_and_takes_labels(tmp_path: Path):
         load_runs([tmp_path / "a", tmp_path / "a"])
 
 
-def test_csv_gives_back_the_same_bits(tmp_path: Path):
+@pytest.mark.parametrize("name", ["curves.csv", "curves.csv.xz"])
+def test_csv_gives_back_the_same_bits(tmp_path: Path, name: str):
     rng = np.random.default_rng(0)
     # Any finite float32 is as good as any other here: all exponents, and what a diverged run logs.
     values = rng.integers(0, 2**32, 4000, dtype=np.uint32).view(np.float32)
@@ -165,13 +166,13 @@ def test_csv_gives_back_the_same_bits(tmp_path: Path):
         'a, "quoted" run': {"loss/train/total": (steps, values)},
         "b": {"gate/model.lm_head": (steps[:1], values[5:6])},
     }
-    write_csv(tmp_path / "curves.csv", runs)
-    read = read_runs(tmp_path / "curves.csv")
+    write_csv(tmp_path / name, runs)
+    read = read_runs(tmp_path / name)
     assert read.keys() == runs.keys()
-    for name, metrics in runs.items():
+    for run, metrics in runs.items():
         for metric, (expected_steps, expected_values) in metrics.items():
-            np.testing.assert_array_equal(read[name][metric][0], expected_steps)
-            np.testing.assert_array_equal(read[name][metric][1], expected_values)
+            np.testing.assert_array_equal(read[run][metric][0], expected_steps)
+            np.testing.assert_array_equal(read[run][metric][1], expected_values)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +197,7 @@ def test_paths_without_logs_are_refused(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"no TensorBoard event files .*log_dir>/<run_name>"):
         read_runs(tmp_path)
     (tmp_path / "run.yaml").touch()
-    with pytest.raises(ValueError, match=r"run\.yaml: neither a TensorBoard folder nor a \.csv file"):
+    with pytest.raises(ValueError, match=r"run\.yaml: neither a TensorBoard folder nor a \.csv or \.csv\.xz file"):
         read_runs(tmp_path / "run.yaml")
     (tmp_path / "events.out.tfevents.1.host").touch()
     with pytest.raises(ValueError, match="no metrics in its 1 TensorBoard event files"):
