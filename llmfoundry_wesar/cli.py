@@ -95,9 +95,9 @@ def data(
     source: Annotated[
         list[str],
         Option(
-            help="stdlib (the source of this Python's standard library), a .txt or .jsonl file (plain, .xz, .zst or "
-            ".gz), a folder of them, or hf:NAME[:CONFIG] (the train split of a Hugging Face data set, streamed). "
-            "Can be given several times."
+            help="stdlib (the source of this Python's standard library), a .txt or .jsonl file or WikiText's .raw or "
+            ".tokens (plain, .xz, .zst or .gz), a folder of them, or hf:NAME[:CONFIG][@SPLIT] (a split, train by "
+            "default, of a Hugging Face data set, streamed). Can be given several times."
         ),
     ],
     sequence_length: Annotated[int, Option(help="Tokens in a sequence.")] = 2048,
@@ -108,7 +108,7 @@ def data(
     max_tokens: Annotated[
         int | None, Option(help="Stop at so many training tokens: 10M, 30B.", parser=token_count, metavar="COUNT")
     ] = None,
-    val_fraction: Annotated[float, Option(help="Share of the documents that go to val; 0 for none.")] = 0.01,
+    val_fraction: Annotated[float, Option(help="Share of the documents that go to val; 0 for none, 1 for all.")] = 0.01,
     seed: Annotated[int, Option(help="Of the order and of the choice of val.")] = 17,
     shuffle: Annotated[bool, Option(help="Read files in random order, documents through a shuffle buffer.")] = True,
     text_key: Annotated[str, Option(help="Field of a .jsonl line or Hugging Face row that holds the text.")] = "text",
@@ -116,7 +116,8 @@ def data(
     """Turn text into a tokenizer and token shards for foundry's text loader.
 
     For example: llmfoundry-wesar data OUT --source hf:tiiuae/falcon-refinedweb --text-key content --max-tokens 30B
-    --val-fraction 0.0005
+    --val-fraction 0.0005; or, to evaluate on: llmfoundry-wesar data LAMBADA --source
+    hf:EleutherAI/lambada_openai:default@test --tokenizer OUT/tokenizer --val-fraction 1 --no-shuffle
     """
     from llmfoundry_wesar.data import prepare
 

@@ -20,15 +20,18 @@ import pyarrow
 from datasets import IterableDataset, load_dataset
 from tqdm import tqdm
 
-__all__ = ["Corpus", "Document", "batches", "find_files", "open_hub", "progress_bar"]
+__all__ = ["HUB", "Corpus", "Document", "batches", "find_files", "open_hub", "progress_bar", "read_texts", "splits"]
 
 # Bounds on memory, in bytes of text; while a document is encoded it takes about 150 bytes per byte.
 TXT_BYTES = 1_000_000  # documents that a longer .txt file is cut into
 SHUFFLE_BYTES = 128_000_000  # documents that wait in the shuffle buffer
 BATCH_BYTES = 4_000_000  # documents that are encoded in one call, which spreads them over the cores
 
-FILE_NAME = re.compile(r"\.(txt|jsonl)(\.(xz|zst|gz))?$")
-FILE_NAMES = "*.txt or *.jsonl, plain or with .xz, .zst or .gz"
+FILE_NAME = re.compile(r"\.(txt|jsonl|raw|tokens)(\.(xz|zst|gz))?$")
+FILE_NAMES = "*.txt, *.jsonl, or *.raw and *.tokens as WikiText has them, plain or with .xz, .zst or .gz"
+HUB = "hf:NAME[:CONFIG][@SPLIT]"
+HUB_NAME = re.compile(r"hf:(?P<name>[^:@]+)(:(?P<config>[^:@]+))?(@(?P<split>\w+(\.\w+)*))?")
+HEADING = re.compile(r"= [^=].* =", re.DOTALL)  # WikiText's of the first level, without the blanks around it
 # Tests are odd text, `encodings` is tables of hexadecimal numbers, and the packages are not the library.
 NOT_STDLIB = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"}
 
@@ -41,6 +44,12 @@ class Document(NamedTuple):
     size: int
 
 
+def splits(val_fraction: float) -> tuple[str, ...]:
+    """The splits that are not empty."""
+    shares = {"train": 1 - val_fraction, "val": val_fraction}
+    return tuple(split for split, share in shares.items() if share)
+
+
 @dataclass(frozen=True)
 class Corpus:
     """An iterable of documents, the same ones in the same order each time.
@@ -51,7 +60,7 @@ class Corpus:
         text_key: Field of a .jsonl line or a row that holds the text.
         seed: Of the split and of the order.
         shuffle: Read the files in random order and pass the documents through a shuffle buffer.
-        val_fraction: Share of the documents to hold out, in [0, 1).
+        val_fraction: Share of the documents to hold out, in [0, 1].
     """
 
     files: Sequence[Path]
@@ -63,7 +72,7 @@ class Corpus:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        return ("train", "val") if self.val_fraction else ("train",)
+        return splits(self.val_fraction)
 
     def __iter__(self) -> Iterator[Document]:
         files, hub, rng = list(self.files), self.hub, random.Random(self.seed)
@@ -71,7 +80,7 @@ class Corpus:
             rng.shuffle(files)
             # This puts a data set's own files in random order; its buffer counts documents, ours bytes.
             hub = [rows.shuffle(seed=self.seed, buffer_size=1) for rows in hub]
-        from_files = (text for path in files for text, _ in _read(path, self.text_key))
+        from_files = (text for path in files for text, _ in read_texts(path, self.text_key))
         from_hub = (row[self.text_key] for rows in hub for row in rows)
         documents = (self._document(text) for text in chain(from_files, from_hub) if text)
         return _shuffled(documents, rng) if self.shuffle else documents
@@ -93,7 +102,7 @@ class Corpus:
         with progress_bar("checking files", sum(path.stat().st_size for path in self.files), "B") as bar:
             for path in self.files:
                 before = 0
-                for text, position in _read(path, self.text_key):
+                for text, position in read_texts(path, self.text_key):
                     bar.update(position - before)
                     before = position
                     document = self._document(text)
@@ -154,7 +163,7 @@ def find_files(source: str) -> dict[str, Path]:
         return {f"stdlib/{name}": path for name, path in modules.items() if NOT_STDLIB.isdisjoint(name.parts)}
     path = Path(source).absolute()
     if not path.exists():
-        raise FileNotFoundError(f"source {source} is no file or folder, and neither stdlib nor hf:NAME")
+        raise FileNotFoundError(f"source {source} is no file or folder, and neither stdlib nor {HUB}")
     found = sorted(path.rglob("*")) if path.is_dir() else [path]
     files = {str(file): file for file in found if file.is_file() and FILE_NAME.search(file.name)}
     if not files:
@@ -163,13 +172,20 @@ def find_files(source: str) -> dict[str, Path]:
 
 
 def open_hub(source: str, text_key: str) -> IterableDataset:
-    """Open the train split of `hf:NAME[:CONFIG]` as a stream.
+    """Open a split, train by default, of `hf:NAME[:CONFIG][@SPLIT]` as a stream.
 
     Raises:
-        ValueError: Its first row has no text under `text_key`.
+        ValueError: It is not of that form, there is no such configuration or split, or the first row has no text under
+            `text_key`.
     """
-    name, _, config = source.removeprefix("hf:").partition(":")
-    rows = cast(IterableDataset, load_dataset(name, config or None, split="train", streaming=True))
+    parts = HUB_NAME.fullmatch(source)
+    if parts is None:
+        raise ValueError(f"source {source} is not of the form {HUB}")
+    split = parts["split"] or "train"
+    try:
+        rows = cast(IterableDataset, load_dataset(parts["name"], parts["config"], split=split, streaming=True))
+    except ValueError as error:
+        raise ValueError(f"source {source}: {error}; name one that there is, as in {HUB}") from error
     first = next(iter(rows), {})
     if not isinstance(first.get(text_key), str):
         raise ValueError(f"source {source} has no text under {text_key!r}; text_key may be another of {list(first)}")
@@ -186,15 +202,31 @@ def _decompressed(raw: BinaryIO, suffix: str) -> Any:
     return raw
 
 
-def _read(path: Path, text_key: str) -> Iterator[tuple[str, int]]:
-    """Yield each text of a file, and how many of the file's bytes have been read by then."""
+def read_texts(path: Path, text_key: str) -> Iterator[tuple[str, int]]:
+    """Yield each text of a file, and how many of the file's bytes have been read by then.
+
+    Raises:
+        ValueError: The file is damaged or not UTF-8, or a line of a .jsonl file has no text under `text_key`.
+    """
     name = FILE_NAME.search(path.name)
-    jsonl = name is not None and name[1] == "jsonl"
+    kind = name[1] if name else "txt"  # a module of the standard library
+    pieces = _decoded(path, by_line=kind != "txt")
+    if kind == "jsonl":
+        for number, (line, position) in enumerate(pieces, start=1):
+            if line.strip():
+                yield _field(line, text_key, f"{path}, line {number}"), position
+    elif kind == "txt":
+        yield from pieces
+    else:
+        yield from ((text, position) for text, position in _articles(pieces) if text.strip())
+
+
+def _decoded(path: Path, by_line: bool) -> Iterator[tuple[str, int]]:
+    """Yield the text of a file by lines, or by pieces of about `TXT_BYTES` that end at line ends."""
     offset = 0
     try:
         with path.open("rb") as raw, _decompressed(raw, path.suffix) as stream:
-            cuts = stream if jsonl else iter(lambda: b"".join(stream.readlines(TXT_BYTES)), b"")
-            for number, data in enumerate(cuts, start=1):
+            for data in stream if by_line else iter(lambda: b"".join(stream.readlines(TXT_BYTES)), b""):
                 try:
                     text = data.decode()
                 except UnicodeDecodeError as error:
@@ -203,12 +235,20 @@ def _read(path: Path, text_key: str) -> Iterator[tuple[str, int]]:
                         "of the text; convert it first"
                     ) from None
                 offset += len(data)
-                if not jsonl:
-                    yield text, raw.tell()
-                elif text.strip():
-                    yield _field(text, text_key, f"{path}, line {number}"), raw.tell()
+                yield text, raw.tell()
     except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _articles(lines: Iterable[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+    """Join the lines of each article of WikiText, as EleutherAI/wikitext_document_level on the Hub does."""
+    article, position = [], 0
+    for line, position in lines:
+        if HEADING.fullmatch(line.strip()):
+            yield "".join(article).removesuffix("\n"), position
+            article = []
+        article.append(line)
+    yield "".join(article), position
 
 
 def _field(line: str, text_key: str, where: str) -> str:

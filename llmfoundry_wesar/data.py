@@ -27,7 +27,7 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.models.gpt2.tokenization_gpt2_fast import GPT2TokenizerFast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from llmfoundry_wesar.corpus import Corpus, batches, find_files, open_hub, progress_bar
+from llmfoundry_wesar.corpus import HUB, Corpus, batches, find_files, open_hub, progress_bar, splits
 
 __all__ = ["prepare"]
 
@@ -53,11 +53,16 @@ def prepare(
 ) -> dict[str, int]:
     """Write a tokenizer and token shards for llm-foundry's `text` loader, or finish an interrupted run of the same.
 
-    A document is a line of a .jsonl file, a row of a Hugging Face data set, or a .txt file, one longer than 1 MB being
-    cut at line ends; empty ones are skipped. It goes to val or train by a hash of seed and text, so equal documents
-    are never in both. Within a split the documents' tokens, an EOS after each, are joined and cut into sequences; a
-    last part shorter than a sequence is dropped. Special tokens that a document spells out are encoded as plain text,
-    so that an EOS is always an end; those that a given tokenizer adds by itself (a BOS, for example) stay.
+    A document is a line of a .jsonl file, a row of a Hugging Face data set, an article of a WikiText file, or a .txt
+    file, one longer than 1 MB being cut at line ends; empty ones are skipped. It goes to val or train by a hash of seed
+    and text, so equal documents are never in both. Within a split the documents' tokens, an EOS after each, are joined
+    and cut into sequences; a last part shorter than a sequence is dropped. Special tokens that a document spells out
+    are encoded as plain text, so that an EOS is always an end; those that a given tokenizer adds by itself (a BOS, for
+    example) stay.
+
+    WikiText comes as lines, of which most are paragraphs. With an EOS after each of them a model would be asked for an
+    end that no document of its training has there, and no context would reach beyond it. So the articles are put
+    together again, as EleutherAI/wikitext_document_level has them on the Hub (text key `page`).
 
     Memory does not grow with the amount of text. To mix sources in chosen proportions, prepare each with the same
     tokenizer and use foundry's `streams`.
@@ -65,14 +70,16 @@ def prepare(
     Args:
         out: New or empty folder, or that of an earlier run with the same arguments.
         sources: Each `stdlib` (the running Python's standard library without tests and `encodings`), a file
-            (*.txt or *.jsonl, plain or with .xz, .zst or .gz), a folder of such files, or `hf:NAME[:CONFIG]`: the
-            train split of a Hugging Face data set, or of a local folder that `datasets` loads, streamed.
+            (*.txt, *.jsonl, or WikiText's *.raw and *.tokens, plain or with .xz, .zst or .gz), a folder of such files,
+            or `hf:NAME[:CONFIG][@SPLIT]`: a split, train by default, of a Hugging Face data set, or of a local folder
+            that `datasets` loads, streamed.
         sequence_length: Tokens in a sequence.
         vocab_size: Exact size of the byte-level BPE vocabulary that is trained on the first 500 MB of the train
             split; None for 32,000. Only without `tokenizer`.
         tokenizer: Name or folder of a Hugging Face tokenizer to use instead.
         max_tokens: Tokens of the train split, rounded up to a whole sequence, after which to stop; None for all.
-        val_fraction: Share of the documents to hold out, in [0, 1); 0 writes no val split.
+        val_fraction: Share of the documents to hold out, in [0, 1]; 0 writes no val split, 1 no train split, which
+            is for text to evaluate on and needs a `tokenizer`.
         seed: Of the split and of the order.
         shuffle: Whether files (a Hugging Face data set's own, too) are read in random order and documents pass
             through a shuffle buffer of 128 MB; otherwise they stay in order, files before Hugging Face sources.
@@ -96,13 +103,13 @@ def prepare(
     files = {key: path for name in names if name not in hub for key, path in find_files(name).items()}
     files = {key: path for key, path in files.items() if not path.is_relative_to(out.absolute())}
     if not hub and not files:
-        raise ValueError("no sources: give stdlib, files, folders or hf:NAME")
+        raise ValueError(f"no sources: give stdlib, files, folders or {HUB}")
     arguments |= {"hub": hub, "files": {key: path.stat().st_size for key, path in files.items()}}
     manifest = _earlier_run(out, arguments)
-    splits = ("train", "val") if val_fraction else ("train",)
-    if manifest and all((out / part).exists() for part in ("tokenizer", *splits)):
+    parts = splits(val_fraction)
+    if manifest and all((out / part).exists() for part in ("tokenizer", *parts)):
         _say(f"{out} is complete: nothing to do")
-        return {split: _sequences(out / split) for split in splits}
+        return {split: _sequences(out / split) for split in parts}
 
     kept = (out / "tokenizer").exists()
     given = None if tokenizer is None or kept else _load_tokenizer(tokenizer)
@@ -125,12 +132,12 @@ def prepare(
             (partial / "tokenizer").rename(out / "tokenizer")
         used = _load_tokenizer(str(out / "tokenizer"))
         _write_shards(partial, corpus, used, sequence_length, max_tokens, sizes)
-        for split in splits:
+        for split in parts:
             if not (out / split).exists():
                 (partial / split).rename(out / split)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return {split: _sequences(out / split) for split in splits}
+    return {split: _sequences(out / split) for split in parts}
 
 
 def _check_ranges(
@@ -146,8 +153,12 @@ def _check_ranges(
         raise ValueError(f"sequence_length: {sequence_length} must be at least 1")
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens: {max_tokens} must be at least 1")
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction: {val_fraction} must be in [0, 1)")
+    if not 0 <= val_fraction <= 1:
+        raise ValueError(f"val_fraction: {val_fraction} must be in [0, 1]")
+    if val_fraction == 1 and tokenizer is None:
+        raise ValueError("val_fraction: 1 leaves no text to train a tokenizer on; give tokenizer, that of the model")
+    if val_fraction == 1 and max_tokens is not None:
+        raise ValueError(f"max_tokens: {max_tokens} is of the train split, which val_fraction 1 leaves out; drop it")
 
 
 def _earlier_run(out: Path, arguments: dict[str, Any]) -> dict[str, Any] | None:
@@ -266,7 +277,7 @@ def _write_shards(
                 packer.write(tokens + end for document, tokens in labelled if document.split == split)
             read += sum(document.size for document in batch)
             bar.update((read if max_tokens is None else packers["train"].sequences * sequence_length) - bar.n)
-            if packers["train"].sequences == limit:
+            if max_tokens is not None and packers["train"].sequences == limit:
                 break
     for split, packer in packers.items():
         if packer.sequences == 0:

@@ -1,6 +1,6 @@
 """Local copies of the paper's evaluation data, in the form in which lm-evaluation-harness gets them from the Hub.
 
-    DIR/wikitext2_test.raw       WikiText-2 (or 103) test set, raw
+    DIR/wikitext2_test.raw       WikiText-2 (or 103) test set, raw; an article is a document
     DIR/lambada_test.jsonl       LAMBADA test set as OpenAI has it: a "text" a line
     DIR/superglue/TASK/*.jsonl   SuperGLUE as its authors publish it, with TASK one of BoolQ, CB, COPA, MultiRC, ReCoRD,
                                  RTE, WiC, WSC; val.jsonl is scored, train.jsonl gives the few-shot examples
@@ -15,19 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from llmfoundry_wesar.corpus import read_texts
+
 Row = dict[str, Any]
-
-
-def _wikitext(text: str) -> Iterator[Row]:
-    """Articles, one at each heading of the first level."""
-    article: list[str] = []
-    for line in [*text.split("\n"), " = End = "]:
-        heading = line.strip()
-        if heading.startswith("= ") and heading.endswith(" =") and not heading.startswith("= ="):
-            if "".join(article).strip():
-                yield {"page": "\n".join(article)}
-            article = []
-        article.append(line)
 
 
 def _plain(row: Row) -> Iterator[Row]:
@@ -88,19 +78,17 @@ _SUPERGLUE: dict[str, tuple[str, Callable[[Row], Iterable[Row]]]] = {
 }
 
 
-def _open(path: Path) -> str:
-    packed = path.with_name(f"{path.name}.xz")
-    if packed.is_file():
-        return lzma.open(packed, "rt", encoding="utf-8").read()
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
+def _texts(path: Path) -> list[str]:
+    for file in (path.with_name(f"{path.name}.xz"), path):
+        if file.is_file():
+            return [text for text, _ in read_texts(file, "text")]
     raise FileNotFoundError(f"{path}: no such file, and none with .xz behind its name.")
 
 
 def _superglue(folder: Path, name: str) -> str:
     archive = folder / "superglue.tar.xz"
     if not archive.is_file():
-        return _open(folder / "superglue" / name)
+        return (folder / "superglue" / name).read_text(encoding="utf-8")
     with tarfile.open(archive) as members:
         try:
             file = members.extractfile(f"superglue/{name}")
@@ -127,9 +115,9 @@ def rows(folder: str | Path, task: str) -> dict[str, list[Row]]:
     folder = Path(folder)
     try:
         if task == "wikitext":
-            return {"test": list(_wikitext(_open(folder / "wikitext2_test.raw")))}
+            return {"test": [{"page": text} for text in _texts(folder / "wikitext2_test.raw")]}
         if task == "lambada_openai":
-            return {"test": [json.loads(line) for line in _open(folder / "lambada_test.jsonl").splitlines()]}
+            return {"test": [{"text": text} for text in _texts(folder / "lambada_test.jsonl")]}
         name, rows_of = _SUPERGLUE[task]
         files = {"train": f"{name}/train.jsonl", "validation": f"{name}/val.jsonl"}
         return {

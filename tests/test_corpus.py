@@ -10,6 +10,7 @@ import pytest
 
 from llmfoundry_wesar import corpus as corpus_module
 from llmfoundry_wesar.corpus import Corpus, find_files, open_hub
+from tests.evaluation_files import WIKITEXT
 
 TEXTS = [f"document {number}: naïve Δ 漢字\n" + "words " * (number % 7) for number in range(2000)]
 
@@ -46,6 +47,16 @@ def test_every_packing_of_both_formats_gives_the_texts_exactly(tmp_path, suffix)
     WRITERS[suffix](tmp_path / f"a.jsonl{suffix}", (jsonl(TEXTS) + "\n\n").encode())
     WRITERS[suffix](tmp_path / f"b.txt{suffix}", text.encode())
     assert [document.text for document in corpus_of(tmp_path)] == [*TEXTS, text]
+
+
+@pytest.mark.parametrize("name", ["wiki.test.raw", "wiki.test.tokens.gz"])
+def test_wikitext_is_cut_into_articles_and_nothing_else(tmp_path, name):
+    """At headings of the first level, in place of the line end before them; sections stay where they are."""
+    WRITERS[(tmp_path / name).suffix if name.endswith("gz") else ""](tmp_path / name, WIKITEXT.encode())
+    texts = [document.text for document in corpus_of(tmp_path)]
+    assert [text.splitlines()[0] for text in texts] == [" = First = ", " = Second ( article ) = "]
+    # The blank line before the first heading is of no article.
+    assert "\n".join([" ", *texts]) == WIKITEXT
 
 
 def test_long_txt_file_is_cut_at_line_ends(tmp_path, monkeypatch):
@@ -100,6 +111,36 @@ def test_shuffle_mixes_the_order_of_files(tmp_path, monkeypatch, hub):
     plain, mixed = ([document.text for document in Corpus(files, rows, "text", 17, mix, 0.1)] for mix in (False, True))
     assert plain == [str(name) for name in range(20)]
     assert mixed != plain and sorted(mixed) == sorted(plain)
+
+
+def test_hugging_face_source_names_configuration_and_split(tmp_path):
+    """`datasets` reads a local folder with the header of a card as it reads one on the Hub."""
+    card = "configs:\n" + "".join(
+        f"- config_name: {name}\n  data_files:\n  - {{split: train, path: {name}_train.jsonl}}\n"
+        f"  - {{split: test, path: {name}_test.jsonl}}\n"
+        for name in ("default", "en")
+    )
+    (tmp_path / "README.md").write_text(f"---\n{card}---\n")
+    for part in ("default_train", "default_test", "en_train", "en_test"):
+        (tmp_path / f"{part}.jsonl").write_text(jsonl([part]))
+    for end, part in {"": "default_train", "@test": "default_test", ":en": "en_train", ":en@test": "en_test"}.items():
+        assert [row["text"] for row in open_hub(f"hf:{tmp_path}{end}", "text")] == [part]
+
+
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        ("@val", r": Bad split: val. Available splits: \['train'\]; name one that there is, as in hf:NAME"),
+        (":de", r": .*'de' not found. Available: \['default'\]; name one that there is, as in hf:NAME"),
+        (":en@", r" is not of the form hf:NAME\[:CONFIG\]\[@SPLIT\]"),
+        ("@test:en", " is not of the form"),
+        (":", " is not of the form"),
+    ],
+)
+def test_wrong_hugging_face_source_is_refused(tmp_path, end, message):
+    (tmp_path / "a.jsonl").write_text(jsonl(["a"]))
+    with pytest.raises(ValueError, match=f"^source hf:{tmp_path}{end}{message}"):
+        open_hub(f"hf:{tmp_path}{end}", "text")
 
 
 def test_stdlib_is_library_modules_only():

@@ -110,6 +110,17 @@ def test_sequences_are_those_of_foundrys_concat_tokens(tmp_path, source, small_b
     assert not (tmp_path / "out/val").exists()
 
 
+def test_a_set_to_evaluate_on_has_every_document_in_val(tmp_path, source):
+    """With `val_fraction` 1: what would be the train split, to the byte, and the tokenizer that was given."""
+    prepare(tmp_path / "train", [source], shuffle=False, **OPTIONS | {"val_fraction": 0})
+    given = {"tokenizer": str(tmp_path / "train/tokenizer"), "sequence_length": LENGTH}
+    counts = prepare(tmp_path / "out", [source], shuffle=False, val_fraction=1, **given)
+    assert list(counts) == ["val"] and not (tmp_path / "out/train").exists()
+    assert tree(tmp_path / "out/val") == tree(tmp_path / "train/train")
+    assert load(tmp_path / "out", "val")[1].get_vocab() == load(tmp_path / "train", "train")[1].get_vocab()
+    assert prepare(tmp_path / "out", [source], shuffle=False, val_fraction=1, **given) == counts
+
+
 def test_max_tokens_is_exact_and_val_comes_on_top(tmp_path, source, small_bounds):
     """1,000 tokens are 31.25 sequences: 32 are written, the first 32 of the run without a limit."""
     everything = prepare(tmp_path / "all", [source], **OPTIONS)
@@ -270,7 +281,12 @@ def test_output_inside_the_source_folder_is_not_read_back(tmp_path, source, caps
         ({"vocab_size": 257}, "vocab_size: 257 is too small"),
         ({"sequence_length": 0}, "sequence_length: 0 must"),
         ({"max_tokens": 0}, "max_tokens: 0 must"),
-        ({"val_fraction": 1.0}, r"val_fraction: 1.0 must be in \[0, 1\)"),
+        ({"val_fraction": 1.5}, r"val_fraction: 1.5 must be in \[0, 1\]"),
+        ({"val_fraction": 1}, "val_fraction: 1 leaves no text to train a tokenizer on; give tokenizer"),
+        (
+            {"val_fraction": 1, "tokenizer": "gpt2", "vocab_size": None, "max_tokens": 5},
+            "max_tokens: 5 is of the train split, which val_fraction 1 leaves out; drop it",
+        ),
         ({"sequence_length": 100_000}, "the train split has .* too few for one sequence of 100000 tokens"),
         ({"val_fraction": 1e-9}, "the val split has 0 bytes of text, too few"),
         ({"text_key": "body"}, "text.jsonl, line 1: .*'body'"),

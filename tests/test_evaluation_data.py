@@ -4,7 +4,7 @@ import pytest
 
 from llmfoundry_wesar.evaluate import TASKS, _harness_tasks
 from llmfoundry_wesar.evaluation_data import rows
-from tests.evaluation_files import ANSWERS, ARTICLE, LAMBADA, WIKITEXT, write
+from tests.evaluation_files import ANSWERS, LAMBADA, WIKITEXT, write
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -21,20 +21,14 @@ def test_the_harness_asks_what_the_files_say(packed, tmp_path):
         assert (target if isinstance(target, str) else choices[target]) == answer, name
         assert task.config.num_fewshot == 3 and task.has_training_docs(), name
     assert [document["text"] for document in tasks["lambada"].eval_docs] == LAMBADA
+    # Articles, as test_corpus has them.
+    assert "\n".join([" ", *(document["page"] for document in tasks["wikitext"].eval_docs)]) == WIKITEXT
     assert tasks["wikitext"].config.num_fewshot == tasks["lambada"].config.num_fewshot == 0
 
 
 def test_every_answer_of_a_multirc_question_is_an_example(tmp_path):
     examples = rows(write(tmp_path / "data", packed=False), "multirc")["validation"]
     assert [(row["answer"], row["label"]) for row in examples] == 2 * [("There", 0), ("Here", 1)]
-
-
-def test_wikitext_is_cut_at_headings_of_the_first_level(tmp_path):
-    """Nothing is lost, and a section is no article."""
-    pages = [row["page"] for row in rows(write(tmp_path / "data", packed=False), "wikitext")["test"]]
-    assert [page.strip().split("\n")[0].strip() for page in pages] == ["= First =", "= Second ( article ) ="]
-    assert "\n".join(pages).split() == WIKITEXT.split()
-    assert "= = Section = =" in pages[0] and pages[0].strip() in ARTICLE
 
 
 @pytest.mark.parametrize("packed", [False, True])
