@@ -61,6 +61,7 @@ class Run:
         overrides: What the run changes of it, apart from where it writes.
         config_hash: Of all in the expanded config that the result may depend on.
         parameters: Of the model.
+        held_out: Metric key of the held-out loss.
         nproc: Processes that Composer's launcher starts; None to do without it.
         command: What starts the run.
     """
@@ -73,6 +74,7 @@ class Run:
     overrides: tuple[str, ...]
     config_hash: str
     parameters: int
+    held_out: str
     nproc: int | None
     command: tuple[str, ...]
 
@@ -96,7 +98,7 @@ def plan(
     """Lists the runs of a series, the first seed of everything before the second one of anything.
 
     Args:
-        config: A training YAML with an `eval_loader`.
+        config: A training YAML with an `eval_loader`; of a list of them the first gives the held-out loss.
         methods: Values of `variables.method`.
         seeds: Values of both `seed` and `train_loader.dataset.shuffle_seed`.
         out: The folder of the series.
@@ -140,8 +142,15 @@ def plan(
         common = [*overrides, *varied, f"variables.method={method}"]
         own = [*common, f"seed={seed}", f"train_loader.dataset.shuffle_seed={seed}"]
         expanded = load_config(config, own)
-        if not isinstance(expanded.get("eval_loader"), dict):
-            raise ValueError(f"{config}: eval_loader must be one loader, for the held-out loss")
+        match expanded.get("eval_loader"):
+            case {"name": _}:
+                label = ""
+            case [{"label": label}, *_]:
+                label = f"{label}/"
+            case _:
+                raise ValueError(
+                    f"{config}: eval_loader must be a loader, or a list whose first has a label, for the held-out loss"
+                )
         config_hash = _hash(expanded)
         if config_hash in runs:
             raise ValueError(f"{' '.join(own)}: this run would be done twice; name each method, seed and value once")
@@ -160,6 +169,7 @@ def plan(
             overrides=tuple(own),
             config_hash=config_hash,
             parameters=parameters(*common),
+            held_out=f"metrics/eval/{label}LanguageCrossEntropy",
             nproc=nproc,
             command=(*launcher, str(scripts / "llmfoundry"), "train", config, *own, *where),
         )
@@ -277,7 +287,7 @@ def _do(run: Run, out: Path, lock: IO[str], bar: tqdm) -> str:
     text = f"exit code {code}"
     if not code:
         try:
-            row |= measure(read_scalars(scalars))
+            row |= measure(read_scalars(scalars), run.held_out)
             row["status"] = "finished"
             text = f"held-out loss {row['held_out_loss']:.3f}, {row['wall_seconds']:.0f} s"
         except (FileNotFoundError, ValueError) as error:

@@ -30,7 +30,7 @@ COLUMNS = {
     "hardware": "what it ran on",
     "tokens": "trained on",
     "final_loss": "training cross-entropy, mean of the last FINAL_BATCHES batches",
-    "held_out_loss": "cross-entropy on eval_loader at the end",
+    "held_out_loss": "cross-entropy on eval_loader, of a list on the first, at the end",
     "held_out_perplexity": "its exponential",
     "tokens_per_second": "of training without evaluation, from the end of the first batch to that of the last one",
     "peak_memory_gb": "in 10⁹ bytes: what torch allocated on rank 0's GPU, else the largest process's resident set",
@@ -55,7 +55,7 @@ _TABLE = {
 }
 _BOLD = ("final_loss", "held_out_loss", "held_out_perplexity")
 _BASELINE = "small_init"
-_LOSS, _HELD_OUT = "loss/train/loss", "metrics/eval/LanguageCrossEntropy"
+_LOSS = "loss/train/loss"
 
 
 def spikes(losses: np.ndarray) -> int:
@@ -90,26 +90,27 @@ def _losses(scalars: Scalars) -> tuple[np.ndarray, np.ndarray]:
     return scalars[curves[0].metric]
 
 
-def measure(scalars: Scalars) -> dict[str, float]:
+def measure(scalars: Scalars, held_out: str) -> dict[str, float]:
     """The columns of `runs.csv` that come from a finished run's metrics.
 
     Args:
         scalars: As from `read_scalars`, with `time/train` of Composer's speed monitor in seconds.
+        held_out: Metric key of the held-out loss.
 
     Raises:
         ValueError: If it logged no training loss, held-out loss, tokens or times.
     """
     _, losses = _losses(scalars)
-    if lacking := [key for key in (_HELD_OUT, "time/token", "time/train") if key not in scalars]:
+    if lacking := [key for key in (held_out, "time/token", "time/train") if key not in scalars]:
         raise ValueError(f"logged no {lacking[0]}")
-    held_out = float(scalars[_HELD_OUT][1][-1])
+    held_out_loss = float(scalars[held_out][1][-1])
     steps, seconds = scalars["time/train"]
     tokens = np.interp(steps, *scalars["time/token"])
     measured = {
         "tokens": int(scalars["time/token"][1][-1]),
         "final_loss": float(losses[-FINAL_BATCHES:].mean(dtype=np.float64)),
-        "held_out_loss": held_out,
-        "held_out_perplexity": float(np.exp(held_out)),
+        "held_out_loss": held_out_loss,
+        "held_out_perplexity": float(np.exp(held_out_loss)),
         "tokens_per_second": float((tokens[-1] - tokens[0]) / (seconds[-1] - seconds[0]))
         if len(steps) > 1
         else math.nan,

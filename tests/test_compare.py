@@ -103,7 +103,7 @@ def test_commands_are_the_stock_ones(tmp_path):
         ({"vary": ["optimizer.lr=1e-3,0.001"]}, "done twice"),
         ({"overrides": ["seed=3"]}, "seed: compare sets it"),
         ({"vary": ["optimizer.lr=1e-3"], "overrides": ["optimizer.lr=1e-3"]}, "optimizer.lr: --vary sets it"),
-        ({"overrides": ["eval_loader=null"]}, "eval_loader must be one loader"),
+        ({"overrides": ["eval_loader=null"]}, "eval_loader must be a loader, or a list whose first has a label"),
         ({"overrides": ["model.n_heads=5"]}, "n_heads"),
     ],
 )

@@ -1,21 +1,23 @@
 import json
 import math
-from typing import Any
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from llmfoundry_wesar.cli import app
+from llmfoundry_wesar.compare import plan, run_series
 from llmfoundry_wesar.data import prepare
 from llmfoundry_wesar.evaluate import TASKS, Evaluation, evaluate, token_perplexity
 from llmfoundry_wesar.evaluation_data import rows
 from llmfoundry_wesar.export import export, load
+from llmfoundry_wesar.scalars import read_scalars
 from tests.distributed import REPOSITORY
 from tests.evaluation_files import LAMBADA, write
-from tests.trained import LENGTH, TEXT, train
+from tests.trained import LENGTH, TEXT, VOCABULARY
 
 
 @pytest.fixture(scope="module")
@@ -157,30 +159,42 @@ def test_what_cannot_be_scored_is_one_line(options, words, exported, tmp_path):
     assert words in line
 
 
-def test_eval_loaders_log_the_same_perplexity_during_training(trained, text_data, tmp_path):
-    """Of a text that fills whole windows, since the data tool drops a shorter last one; 1e-5 for float32 sums."""
-    model, tokenizer = load(trained["wesar"].folder)
-    text = tokenizer.decode(tokenizer(TEXT[:6000]).input_ids[: 9 * LENGTH - 1])
-    (tmp_path / "lambada_test.jsonl").write_text(json.dumps({"text": text}))
-    shards = {"sequence_length": LENGTH, "tokenizer": str(text_data / "tokenizer"), "val_fraction": 0, "shuffle": False}
-    prepare(tmp_path / "lambada", [tmp_path / "lambada_test.jsonl"], **shards)
-    config = OmegaConf.load(REPOSITORY / "yamls/quickstart.yaml")
-    loader = config.eval_loader
-    loader.label = "lambada"
-    loader.dataset |= {"local": str(tmp_path / "lambada"), "split": "train", "max_seq_len": LENGTH}
-    config.eval_loader = []
-    OmegaConf.save(config, tmp_path / "config.yaml")
-    overrides = [
-        f"load_path={next(trained['wesar'].folder.glob('ep0-ba4*'))}",
-        "load_weights_only=true",
-        "optimizer.lr=0",
-    ]
-    overrides += ["max_duration=1ba", "eval_interval=1ba", "device_eval_batch_size=4", f"eval_loader=[{_flow(loader)}]"]
-    trainer = train(text_data, *overrides, yaml=tmp_path / "config.yaml")
-    logged = trainer.state.eval_metrics["eval/lambada"]["LanguagePerplexity"].compute().item()
-    assert logged == pytest.approx(token_perplexity(model, tokenizer, [text], LENGTH), rel=1e-5)
+# The paper's 130M YAML, for two CPU cores: a model of two blocks, d = 32.
+SHRUNK = [f"max_seq_len={LENGTH}", "max_duration=4ba", "global_train_batch_size=8", "device_train_microbatch_size=4"]
+SHRUNK += ["device_eval_batch_size=4", "precision=fp32", "model.init_device=cpu", f"model.vocab_size={VOCABULARY}"]
+SHRUNK += ["model.d_model=32", "model.n_layers=2", "model.n_heads=2", "scheduler.t_warmup=2ba", "optimizer.lr=2e-2"]
+SHRUNK += ["train_loader.num_workers=1", "eval_interval=1dur", "save_folder=checkpoints", "save_interval=1dur"]
 
 
-def _flow(config: Any) -> str:
-    """A config in one line."""
-    return json.dumps(OmegaConf.to_container(config, resolve=False))
+def test_the_papers_yaml_logs_the_perplexities_that_evaluate_gives(tmp_path):
+    """Of three labelled loaders, the first of which is compare's held-out loss.
+
+    They measure the same per token: the same documents with an EOS after each, in the same windows. But a loader has
+    no last window that is shorter, so the texts here fill whole ones; 1e-5 is for sums of float32 in another order.
+    """
+    source = tmp_path / "text.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXT.split("\n\n")))
+    prepare(tmp_path / "data", [source], sequence_length=LENGTH, vocab_size=VOCABULARY, val_fraction=0.1)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "data/tokenizer")
+    folder = write(tmp_path / "files", packed=False)
+    variables = [f"variables.data={tmp_path / 'data'}"]
+    for task, name, key in (("wikitext", "wikitext2_test.raw", "page"), ("lambada", "lambada_test.jsonl", "text")):
+        # A token more for each x behind a word, until the last window is whole.
+        while sum(len(tokenizer(row[key]).input_ids) + 1 for row in rows(folder, TASKS[task].name)["test"]) % LENGTH:
+            (folder / name).write_text(re.sub("(mat|well)", r"\1x", (folder / name).read_text(), count=1))
+        command = ["data", str(tmp_path / task), "--source", str(folder / name), "--tokenizer"]
+        command += [str(tmp_path / "data/tokenizer"), "--sequence-length", str(LENGTH), "--val-fraction", "1"]
+        assert CliRunner().invoke(app, [*command, "--no-shuffle"]).exit_code == 0
+        variables.append(f"variables.{task}={tmp_path / task}")
+    out = tmp_path / "series"
+    [run] = plan(str(REPOSITORY / "yamls/130m.yaml"), ["wesar"], [1], out, overrides=[*SHRUNK, *variables])
+    [row] = run_series([run], out)
+    assert row["status"] == "finished", (out / "logs" / f"{run.name}.txt").read_text()[-4000:]
+    logged = read_scalars(out / "tensorboard" / run.name)
+    losses = {k: logged[f"metrics/eval/{k}/LanguageCrossEntropy"][1][-1] for k in ("val", "wikitext", "lambada")}
+    assert float(row["held_out_loss"]) == losses["val"] and len(set(losses.values())) == 3
+    scores = evaluate(out / "checkpoints" / run.name, "wikitext,lambada", folder).scores
+    for task in ("wikitext", "lambada"):
+        assert logged[f"metrics/eval/{task}/LanguagePerplexity"][1][-1] == pytest.approx(
+            scores[task]["per token"], rel=1e-5
+        )

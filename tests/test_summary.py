@@ -73,9 +73,9 @@ def test_measures_are_those_of_the_logs(tmp_path):
             "time/train": 98.0 + 2.0 * step,
             "memory/peak_allocated_mem": 3.0 if step == 7 else 2.0,
         }
-    metrics[12]["metrics/eval/LanguageCrossEntropy"] = 4.5
+    metrics[12] |= {"metrics/eval/lambada/LanguageCrossEntropy": 5.5, "metrics/eval/val/LanguageCrossEntropy": 4.5}
     record(tmp_path, "run", metrics)
-    measured = measure(read_scalars(tmp_path))
+    measured = measure(read_scalars(tmp_path), "metrics/eval/val/LanguageCrossEntropy")
     expected = {"tokens": 49152, "held_out_loss": 4.5, "held_out_perplexity": math.exp(4.5), "spikes": 0}
     expected |= {"final_loss": 6.0 - 7.5 / 4, "tokens_per_second": 2048.0, "peak_memory_gb": 3.0}
     assert math.isnan(measured.pop("largest_jump"))
@@ -89,7 +89,7 @@ def test_a_run_without_a_needed_metric_is_no_result(missing):
     keys = ["loss/train/total", "time/token", "time/train", "metrics/eval/LanguageCrossEntropy"]
     scalars = {key: (np.arange(3), np.ones(3, np.float32)) for key in keys if key != missing}
     with pytest.raises(ValueError, match="training loss" if "loss" in missing else missing):
-        measure(scalars)
+        measure(scalars, "metrics/eval/LanguageCrossEntropy")
 
 
 def test_table_has_mean_sample_deviation_and_count_of_finished_runs():
