@@ -73,7 +73,7 @@ def load_config(path: str, overrides: list[str] | None = None) -> dict[str, Any]
     """
     config = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_cli(overrides or []))
     assert isinstance(config, DictConfig)
-    return expand(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+    return expand(OmegaConf.to_container(config, resolve=True), check_data=False)  # type: ignore[arg-type]
 
 
 def _matrix(module: nn.Linear | nn.Embedding, role: Role, config: Any, lr: float) -> Matrix:

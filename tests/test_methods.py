@@ -1,8 +1,10 @@
 import copy
 
 import pytest
+from llmfoundry.command_utils import train_from_yaml
 
 from llmfoundry_wesar.methods import expand, load, names
+from tests.distributed import REPOSITORY
 
 METHODS = [
     "embedding_detach",
@@ -51,6 +53,31 @@ def test_the_runs_own_keys_win():
 def test_an_unknown_name_lists_the_known_ones(kind, known):
     with pytest.raises(ValueError, match=rf"variables\.{kind}: 'wezar' is not known; use one of .*{known}"):
         expand({"variables": {kind: "wezar"}})
+
+
+@pytest.mark.parametrize(
+    ("missing", "loader"),
+    [
+        ("data", "train_loader: .*/train"),
+        ("wikitext", "eval_loader wikitext: .*/val"),
+        ("lambada", "eval_loader lambada: .*/val"),
+    ],
+)
+def test_a_folder_that_is_not_there_is_named_by_the_trainer(missing, loader, dataset, tmp_path):
+    """With its key, its variable and what makes it, before anything is built."""
+    folders = {"data": dataset, "wikitext": dataset, "lambada": dataset, missing: tmp_path / "none"}
+    variables = [f"variables.{name}={folder}" for name, folder in folders.items()]
+    words = (
+        rf"{loader}; prepare it with `llmfoundry-wesar data {tmp_path}/none --source .* change variables\.{missing}\."
+    )
+    with pytest.raises(ValueError, match=words):
+        train_from_yaml(str(REPOSITORY / "yamls/130m.yaml"), variables)
+
+
+@pytest.mark.parametrize("data", [{"remote": "s3://bucket"}, {"streams": {}, "local": None}])
+def test_data_that_is_not_in_one_local_folder_is_left_to_streaming(data):
+    loader = {"name": "text", "dataset": {"local": "none", "split": "train", **data}}
+    expand({"variables": {"method": "wesar"}, "train_loader": loader, "eval_loader": [{"label": "x", **loader}]})
 
 
 def test_tables_3_and_11():

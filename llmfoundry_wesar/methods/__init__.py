@@ -33,17 +33,37 @@ def load(kind: str, name: str) -> DictConfig:
     return OmegaConf.merge(load(kind, base), config) if base else config  # type: ignore[return-value]
 
 
-def expand(config: dict[str, Any]) -> dict[str, Any]:
+def _check_data(config: dict[str, Any]) -> None:
+    """Raise a ValueError if a loader's local folder is not there, which streaming says late and without the key."""
+    # Before its transforms foundry moves an `eval_loader` that is a list to `eval_loaders`.
+    for key in ("train_loader", "eval_loader", "eval_loaders"):
+        loaders = config.get(key) or {}
+        for loader in loaders if isinstance(loaders, list) else [loaders]:
+            dataset = loader.get("dataset") or {}
+            local, split = dataset.get("local"), dataset.get("split") or ""
+            if local is None or dataset.get("remote") or Path(local, split, "index.json").is_file():
+                continue
+            name = " ".join(filter(None, [key.removesuffix("s"), loader.get("label")]))
+            variables = [f"variables.{variable}" for variable, value in config["variables"].items() if value == local]
+            raise ValueError(
+                f"{name}: there is no data in {Path(local, split)}; prepare it with `llmfoundry-wesar data {local} "
+                "--source …`, as the first lines of the YAML and the README say, or change "
+                f"{' or '.join(variables) or 'dataset.local'}."
+            )
+
+
+def expand(config: dict[str, Any], check_data: bool = True) -> dict[str, Any]:
     """Put the run's method and setting under its own keys; a config that names neither is returned as it is.
 
     Args:
         config: A training config as foundry hands it to its config transforms.
+        check_data: Whether the local folders of its loaders must be there.
 
     Returns:
         The expanded config.
 
     Raises:
-        ValueError: If the method or setting is not known.
+        ValueError: If the method or setting is not known, or a folder is not there.
     """
     variables = config.get("variables") or {}
     defaults = [load(kind, variables[kind]) for kind in _FOLDERS if variables.get(kind) is not None]
@@ -51,4 +71,7 @@ def expand(config: dict[str, Any]) -> dict[str, Any]:
         return config
     merged = OmegaConf.to_container(OmegaConf.merge(*defaults, OmegaConf.create(config)), resolve=True)
     assert isinstance(merged, dict)
-    return {str(key): value for key, value in merged.items()}
+    expanded = {str(key): value for key, value in merged.items()}
+    if check_data:
+        _check_data(expanded)
+    return expanded
