@@ -1,0 +1,88 @@
+"""The README's way, by its command lines: text → training → plain models → generation, scores, and training again."""
+
+import json
+import os
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from llmfoundry_wesar.evaluate import TASKS, token_perplexity
+from llmfoundry_wesar.evaluation_data import rows
+from llmfoundry_wesar.export import load
+from llmfoundry_wesar.model import WeSaRMPTForCausalLM
+from llmfoundry_wesar.scalars import read_scalars
+from tests.distributed import REPOSITORY
+from tests.evaluation_files import write
+from tests.transformers5 import load_in_transformers5
+
+YAML = str(REPOSITORY / "yamls/quickstart.yaml")
+BATCHES, LENGTH, VOCABULARY = 200, 256, 4096
+
+
+def run(*command: object) -> str:
+    """Run a command of the environment, as a user does, and return what it prints."""
+    program, *arguments = map(str, command)
+    job = subprocess.run(
+        [Path(sysconfig.get_path("scripts"), program), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert job.returncode == 0, f"{program} {' '.join(arguments)} failed:\n{job.stdout[-2000:]}\n{job.stderr[-4000:]}"
+    return job.stdout
+
+
+def test_a_quickstart_checkpoint_goes_all_the_way_and_back(tmp_path):
+    """`make quickstart` with WeSaR, on as much text as its 200 batches need, and everything that comes after it."""
+    folders = [f"variables.data={tmp_path / 'stdlib'}", f"loggers.tensorboard.log_dir={tmp_path / 'runs'}"]
+    data = ["data", tmp_path / "stdlib", "--source", "stdlib", "--vocab-size", VOCABULARY, "--sequence-length", LENGTH]
+    run("llmfoundry-wesar", *data, "--val-fraction", "0.03", "--max-tokens", "410K")
+    train = ["llmfoundry", "train", YAML, "variables.method=wesar", *folders]
+    run(*train, f"save_folder={tmp_path / 'checkpoints'}", "save_interval=1dur")
+    first = read_scalars(tmp_path / "runs/quickstart-wesar")
+    steps, losses = first["loss/train/loss"]
+    assert len(steps) == BATCHES
+    held_out = first["metrics/eval/LanguageCrossEntropy"][1][-1]
+
+    for form in ("hf", "mpt"):
+        run("llmfoundry-wesar", "export", tmp_path / "checkpoints", tmp_path / form, "--format", form)
+
+    # Transformers 5 says greedily what the trained model would say next after each token.
+    model, tokenizer = load(tmp_path / "checkpoints")
+    prompts = torch.tensor([tokenizer(text).input_ids[:8] for text in ("import os\nimport sys\n\n\nclass Thing:",) * 2])
+    there = load_in_transformers5({"hf": tmp_path / "hf"}, prompts, "def f(x):", tmp_path / "job.pt")["hf"]
+    assert there["class"] == "transformers.models.arcee.modeling_arcee.ArceeForCausalLM"
+    assert there["missing"] == there["unexpected"] == [] and torch.equal(there["cached"], there["uncached"])
+    with torch.no_grad():
+        assert torch.equal(model(there["cached"]).logits[:, 7:-1].argmax(-1), there["cached"][:, 8:])
+
+    # Both plain forms have the same scores of every task, and they are scores of something learnt.
+    files, scores = write(tmp_path / "files", packed=True, without=("ReCoRD",)), {}
+    for form in ("hf", "mpt"):
+        command = ["evaluate", tmp_path / form, "--data", files, "--out", tmp_path / f"{form}.json"]
+        printed = run("llmfoundry-wesar", *command, "--batch-size", "2")
+        assert "ReCoRD was not scored" in printed
+        scores[form] = json.loads((tmp_path / f"{form}.json").read_text())["scores"]
+    assert scores["hf"].keys() == TASKS.keys() - {"record"}
+    for task, metrics in scores["hf"].items():
+        # Perplexities are exponentials of float32 sums in another order; the others are counts.
+        assert metrics == pytest.approx(scores["mpt"][task], rel=1e-4), task
+    torch.manual_seed(0)
+    fresh = WeSaRMPTForCausalLM(model.config)
+    pages = [row["page"] for row in rows(files, "wikitext")["test"]]
+    assert scores["hf"]["wikitext"]["per token"] < token_perplexity(fresh, tokenizer, pages, LENGTH) / 2
+
+    # Gated again, the model is what it was when its training ended.
+    section = run("llmfoundry-wesar", "reparameterize", tmp_path / "hf", tmp_path / "gated.pt", "--method", "wesar")
+    assert OmegaConf.create(section).model.fc_type == {"name": "wesar"}
+    resumed = [f"load_path={tmp_path / 'gated.pt'}", "load_weights_only=true", "eval_first=true", "run_name=resumed"]
+    run(*train, *resumed, "max_duration=2ba", "scheduler.t_warmup=1ba")
+    second = read_scalars(tmp_path / "runs/resumed")
+    # The same text before any step: only rounding α(W̄/α) to float32, and TensorBoard's float32, are between them.
+    assert second["metrics/eval/LanguageCrossEntropy"][1][0] == pytest.approx(held_out, rel=1e-5)
+    # Batches differ from each other, so the first loss is compared with all of the last 20; it began at ln V and more.
+    assert abs(second["loss/train/loss"][1][0] - losses[-20:].mean()) < 4 * losses[-20:].std() < losses[0] - losses[-1]
