@@ -1,0 +1,45 @@
+"""(g) Gradient norms do not tell before from after a spike, update ratios do (Figure 8)."""
+
+import math
+
+import numpy as np
+
+from llmfoundry_wesar.summary import SPIKE_DEVIATIONS, SPIKE_WINDOW
+from results.evidence import Evidence, Lacking, Series, Verdict, by_role, decide, interval
+
+# Any run may have a spike; none is made for this claim.
+SERIES: tuple[Series, ...] = ()
+STEPS = 50
+
+
+def spike_steps(losses: np.ndarray) -> list[int]:
+    """The steps that `summary.spikes` counts."""
+    before = np.lib.stride_tricks.sliding_window_view(losses[:-1].astype(float), SPIKE_WINDOW)
+    bound = before.mean(axis=1) + SPIKE_DEVIATIONS * before.std(axis=1)
+    return [int(step) for step in SPIKE_WINDOW + np.flatnonzero(losses[SPIKE_WINDOW:] > bound)]
+
+
+def report(evidence: Evidence) -> Verdict:
+    """Judges the claim by its rule."""
+    changes: dict[str, list[float]] = {"update_ratio": [], "grad_norm": []}
+    runs = [row for row in evidence.rows if int(row["spikes"])]
+    for row in runs:
+        scalars = evidence.curves(row)
+        first = spike_steps(scalars["loss/train/loss"][1])[0]
+        for family, found in changes.items():
+            steps, values = by_role(scalars, family)["W_d"]
+            after = values[:, (steps > first) & (steps <= first + STEPS)].mean()
+            before = values[:, (steps < first) & (steps >= first - STEPS)].mean()
+            found.append(math.log(after / before))
+    if len(runs) < 2:
+        raise Lacking(f"{len(runs)} of {len(evidence.rows)} runs had a spike by the rule of `summary.spikes`")
+    ratio, norm = interval(changes["update_ratio"]), interval(changes["grad_norm"])
+    close = math.log(1.25)
+    return Verdict(
+        decide(
+            ratio.high < math.log(0.8) and -close < norm.low and norm.high < close,
+            ratio.low > math.log(0.8) and (norm.low > close or norm.high < -close),
+        ),
+        f"{len(runs)} of {len(evidence.rows)} runs had a spike by the rule of `summary.spikes`. Log of the mean of W_d "
+        f"over {STEPS} steps after ÷ before the first one: update ratio {ratio}, gradient norm {norm}.",
+    )

@@ -1,0 +1,206 @@
+"""The evidence: runs are kept once and whole, claims are judged by their rules, and what is published follows."""
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+from typer.testing import CliRunner
+
+from llmfoundry_wesar.scalars import Scalars
+from llmfoundry_wesar.summary import COLUMNS, read_rows
+from results import learning_rates, norms, relative_step, seeds, spikes, update_ratios
+from results.__main__ import CLAIMS, app
+from results.evidence import FOLDER, SEEDS, Evidence, Lacking, Series, keep, paired, run
+
+DENSE = ("attn.Wq", "attn.out_proj", "ffn.up_proj", "ffn.down_proj")
+
+
+def scalars(loss: Callable[[int], float], **families: Callable[[str, int], float]) -> Scalars:
+    """A run of 40 steps, two blocks and both embeddings, with a function of matrix and step for each family."""
+    modules = [f"model.transformer.blocks.{block}.{matrix}" for block in range(2) for matrix in DENSE]
+    metrics = {"loss/train/loss": [loss(step) for step in range(40)]}
+    for family, function in families.items():
+        for module in ("model.transformer.wte", *modules, "model.lm_head"):
+            metrics[f"{family}/{module}"] = [function(module, step) for step in range(40)]
+    return {metric: (np.arange(40), np.array(values, dtype=np.float32)) for metric, values in metrics.items()}
+
+
+def add(folder: Path, method: str, seed: int, held_out: float, logged: Scalars, variation: str = "", spikes: int = 0):
+    name = f"{method}-{variation}-{seed}"
+    row = {column: "" for column in COLUMNS} | {
+        "run": name,
+        "method": method,
+        "variation": variation,
+        "seed": str(seed),
+    }
+    row |= {"status": "finished", "held_out_loss": str(held_out), "final_loss": str(held_out), "spikes": str(spikes)}
+    keep(row | {"parameters": "2229888"}, logged, folder)
+
+
+def test_a_run_is_done_once_kept_whole_and_not_started_without_time(tmp_path: Path, dataset: Path):
+    tiny = [f"variables.data={dataset}", f"eval_loader.dataset.local={dataset}", "eval_loader.dataset.split=val"]
+    tiny += [
+        "max_seq_len=16",
+        "max_duration=3ba",
+        "scheduler.t_warmup=1ba",
+        "callbacks.update_ratio_monitor.interval=1ba",
+    ]
+    tiny += ["model.d_model=32", "model.n_layers=2", "model.n_heads=2", "model.vocab_size=97"]
+    series, work, folder = [Series(("wesar", "small_init"), (1,))], tmp_path / "work", tmp_path / "kept"
+    folder.mkdir()
+    assert run(series, 0, work, folder, tiny) == 2
+    assert not list(folder.iterdir())
+    assert run(series, 5, work, folder, tiny) == 0
+    rows, before = read_rows(folder / "runs.csv"), (folder / "runs.csv").read_bytes()
+    assert [(row["method"], row["status"]) for row in rows] == [("wesar", "finished"), ("small_init", "finished")]
+    for row in rows:
+        kept = Evidence(folder).curves(row)
+        matrices = {metric.partition("/")[2] for metric in kept if metric.startswith("update_ratio/")}
+        assert len(matrices) == 2 * 6 + 2
+        assert {f"{family}/{name}" for family in ("weight_norm", "grad_norm") for name in matrices} <= kept.keys()
+        assert {f"gate/{name}" for name in matrices} <= kept.keys() or row["method"] == "small_init"
+        # Five digits are kept; the row has the mean of all three losses.
+        losses = kept["loss/train/loss"][1]
+        assert len(losses) == 3 and math.isclose(losses.mean(), float(row["final_loss"]), rel_tol=1e-4)
+    assert run(series, 0, work, folder, tiny) == 0
+    assert (folder / "runs.csv").read_bytes() == before
+
+
+def test_intervals_are_those_of_the_t_test():
+    first, second = {1: 5.0, 2: 5.3, 3: 5.1, 4: 9.9}, {1: 4.9, 2: 5.0, 3: 5.05, 5: 0.0}
+    expected = stats.ttest_rel([5.0, 5.3, 5.1], [4.9, 5.0, 5.05]).confidence_interval(0.95)
+    found = paired(first, second)
+    np.testing.assert_allclose(found[:3], [0.15, expected.low, expected.high], rtol=1e-12)
+    assert found.n == 3
+
+
+def test_of_two_equal_runs_the_later_counts_and_failed_ones_never(tmp_path: Path):
+    logged = scalars(lambda step: 8.0)
+    for held_out in (5.0, 4.0):
+        add(tmp_path, "wesar", 11, held_out, logged)
+    keep({column: "" for column in COLUMNS} | {"run": "x", "status": "failed", "parameters": "2229888"}, {}, tmp_path)
+    evidence = Evidence(tmp_path)
+    assert {seed: float(row["held_out_loss"]) for seed, row in evidence.find("wesar", fewest=1).items()} == {11: 4.0}
+    assert len(evidence.failed) == 1
+    with pytest.raises(Lacking, match="1 of 5 runs of wesar"):
+        evidence.find("wesar")
+    with pytest.raises(Lacking, match=r"0 of 5 runs of wesar learning_rate 0\.002"):
+        evidence.find("wesar", learning_rate=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("small", "wesar", "status"),
+    [(4, 1, "confirmed"), (1, 4, "not confirmed"), (4, 4, "not decided"), (1, 1, "not decided")],
+)
+def test_update_ratios_are_judged_by_the_largest_over_the_smallest_role(tmp_path: Path, small, wesar, status):
+    for seed in SEEDS:
+        for method, factor in (("small_init", small), ("wesar", wesar)):
+            fast = lambda name, step, factor=factor: 1e-3 * step * (factor if name.endswith("down_proj") else 1)  # noqa: E731
+            add(tmp_path, method, seed, 5.0, scalars(lambda step: 8.0, update_ratio=fast))
+    verdict = update_ratios.report(Evidence(tmp_path))
+    assert verdict.status == status
+    assert f"Small {small:.2f} ({small:.2f}–{small:.2f}), WeSaR {wesar:.2f}" in verdict.sentences
+
+
+@pytest.mark.parametrize(("grows", "status"), [("small_init", "confirmed"), ("wesar", "not confirmed")])
+def test_norms_are_judged_by_growth_and_by_what_the_gate_carries(tmp_path: Path, grows: str, status: str):
+    rng = np.random.default_rng(0)
+    for seed in SEEDS:
+        for method in ("small_init", "wesar"):
+            rate = (0.01 if method == grows else 0.001) * (1 + 0.1 * rng.random())
+            norm = lambda name, step, rate=rate: 3 * (1 + rate * step)  # noqa: E731
+            gate = lambda name, step: 5 * (1 - 0.004 * step)  # noqa: E731
+            families = {"weight_norm": norm} | ({"gate": gate} if method == "wesar" else {})
+            add(tmp_path, method, seed, 5.0, scalars(lambda step: 8.0, **families))
+    verdict = norms.report(Evidence(tmp_path))
+    assert verdict.status == status
+    assert verdict.table[1][3].startswith("0.844")  # 1 − 0.004 · 39
+
+
+@pytest.mark.parametrize(("factor", "status"), [(10, "confirmed"), (0.1, "not confirmed"), (1, "not decided")])
+def test_spread_over_seeds_is_judged_by_the_f_test(tmp_path: Path, factor: float, status: str):
+    for seed in seeds.SEEDS:
+        add(tmp_path, "small_init", seed, 6 + 0.01 * factor * (-1) ** seed, scalars(lambda step: 8.0))
+        add(tmp_path, "wesar", seed, 5 + 0.01 * (-1) ** seed, scalars(lambda step: 8.0))
+    verdict = seeds.report(Evidence(tmp_path))
+    assert verdict.status == status
+    # F(0.95; 7, 7) by the tables.
+    assert f"quotient is {factor**2:.2f}; the bar is 3.79" in verdict.sentences
+
+
+def _ratio(rate: float) -> Scalars:
+    return scalars(lambda step: 8.0, update_ratio=lambda name, step: rate)
+
+
+def test_sensitivity_is_the_mean_excess_over_the_best_capped_at_the_first_loss(tmp_path: Path):
+    # One learning rate ends above the first loss of 8, which counts as 8 and as a bad rate; another has a spike.
+    rng = np.random.default_rng(0)
+    for seed in SEEDS:
+        for method, best in (("small_init", 6.0), ("wesar", 5.0)):
+            for rate in learning_rates.SWEEP:
+                diverged, spiked = rate == 1.6e-2 and method == "small_init", rate == 6.4e-2 and method == "wesar"
+                loss = 9.0 if diverged else 7.0 if spiked else best + 0.01 * rng.random()
+                variation = "" if rate == 1e-3 else f"optimizer.lr={rate:g}"
+                add(tmp_path, method, seed, loss, _ratio(rate), variation, int(spiked))
+    verdict = learning_rates.report(Evidence(tmp_path))
+    # (8 − 6) / 7 and (7 − 5) / 7, give or take the noise of 0.01.
+    assert (
+        abs(float(verdict.table[1][1].split()[0]) - 2 / 7) < 0.01
+        and abs(float(verdict.table[2][1].split()[0]) - 2 / 7) < 0.01
+    )
+    assert "log2 of WeSaR's ÷ Small's: 2.000" in verdict.sentences
+    assert [line[4] for line in verdict.table[1:3]] == ["5 of 35", "5 of 35"]
+
+
+def test_the_equal_rate_is_where_the_update_ratios_meet_and_the_share_is_of_the_lead(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    for seed in (relative_step.SEARCH_SEED, *SEEDS):
+        add(tmp_path, "wesar", seed, 5.0 + 0.01 * rng.random(), _ratio(0.01))
+        for method, equal in relative_step.EQUAL.items():
+            for rate in ("1e-3", *((equal,) if seed in SEEDS else relative_step.SEARCH)):
+                # The ratio is proportional to the learning rate, and half of the lead of 1 goes.
+                held_out, variation = (6.0, "") if rate == "1e-3" else (5.5, f"optimizer.lr={rate}")
+                add(tmp_path, method, seed, held_out, _ratio(0.01 * float(rate) / float(equal)), variation)
+    evidence = Evidence(tmp_path)
+    for method, equal in relative_step.EQUAL.items():
+        assert math.isclose(relative_step.equal_rate(evidence, method), float(equal), rel_tol=1e-4)
+    for line in relative_step.report(evidence).table[1:]:
+        assert line[2].startswith("1.000") and abs(float(line[6].split()[0]) - 0.5) < 0.01
+
+
+def test_spikes_compare_before_and_after_the_first_one(tmp_path: Path):
+    steps = np.arange(200)
+    losses = 5 + 0.01 * np.sin(steps)
+    losses[150] = 9.0
+    assert spikes.spike_steps(losses) == [150]
+    for seed, factor in ((11, 0.49), (12, 0.51), (13, 0.5)):
+        logged = {
+            "loss/train/loss": (steps, losses.astype(np.float32)),
+            "update_ratio/blocks.0.ffn.down_proj": (steps, np.where(steps > 150, factor, 1.0).astype(np.float32)),
+            "grad_norm/blocks.0.ffn.down_proj": (steps, np.where(steps > 150, 1.01, 1.0).astype(np.float32)),
+        }
+        add(tmp_path, "small_init", seed, 5.0, logged, spikes=1)
+    verdict = spikes.report(Evidence(tmp_path))
+    assert verdict.status == "confirmed" and "update ratio -0.69" in verdict.sentences
+
+
+def test_what_is_published_follows_from_what_is_kept(tmp_path: Path):
+    result = CliRunner().invoke(app, ["report", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "verdicts.md").read_text(encoding="utf-8")
+    assert text == (FOLDER / "verdicts.md").read_text(encoding="utf-8")
+    for picture in re.findall(r"\((\w+\.png)\)", text):
+        assert (FOLDER / picture).exists() and (tmp_path / picture).stat().st_size > 10_000
+    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^> (\([a-g]\) .*)$", readme, re.MULTILINE)
+    assert quoted
+    assert all(line in text for line in quoted)
+
+
+def test_an_unknown_claim_is_refused():
+    result = CliRunner().invoke(app, ["run", "speed"])
+    assert result.exit_code == 1 and all(name in result.output for name in CLAIMS)
