@@ -38,7 +38,7 @@ def run(recorder: Recorder, size: str, compiled: bool, seconds: float) -> None:
     torch.set_float32_matmul_precision("highest")  # Composer's trainer may have chosen TF32
     x = torch.randn(tokens, up.shape[1], device=device, requires_grad=True)
     weight = torch.randn(up.shape, device=device).mul_(up.std).requires_grad_()
-    gate = torch.full((1, 1), up.gate, device=device, requires_grad=True)
+    gate = torch.full((1,), up.gate, device=device, requires_grad=True)
     inputs, grad = (x, weight, gate), torch.randn(tokens, up.shape[0], device=device)
     for dtype in ("amp_bf16", "fp32"):
         shape = f"x={tuple(x.shape)} W={up.shape}"

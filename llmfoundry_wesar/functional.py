@@ -9,14 +9,13 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 GateShape = Literal["scalar", "row", "column"]
 
 
 def broadcast_gate(gate: Tensor, gate_shape: GateShape) -> Tensor:
-    """View a gate so that it multiplies an (O, I) matrix: (1,) -> (1, 1), (O,) -> (O, 1), (I,) -> (1, I)."""
-    return gate.unsqueeze(0) if gate_shape == "column" else gate.unsqueeze(-1)
+    """View a gate so that it multiplies an (O, I) matrix: only a row gate needs it, (O,) -> (O, 1)."""
+    return gate.unsqueeze(-1) if gate_shape == "row" else gate
 
 
 def gated_weight(weight: Tensor, gate: Tensor) -> Tensor:
@@ -24,7 +23,7 @@ def gated_weight(weight: Tensor, gate: Tensor) -> Tensor:
 
     Args:
         weight: (O, I), the actual weight W.
-        gate: α, as `broadcast_gate` gives it: (1, 1), (O, 1) or (1, I).
+        gate: α, as `broadcast_gate` gives it: (1,), (O, 1) or (I,).
 
     Returns:
         (O, I), in the wider of the two dtypes.
@@ -32,11 +31,23 @@ def gated_weight(weight: Tensor, gate: Tensor) -> Tensor:
     return weight * gate
 
 
+# Matrices of no more entries leave the product to autograd, which keeps αW: at most 256 KiB in float32.
+_SMALL = 2**16
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a·b in `dtype`, rounded once. On a GPU scaling and casting are one kernel."""
+    if a.dtype == b.dtype == dtype:
+        return a * b
+    return torch.mul(a, b, out=a.new_empty(torch.broadcast_shapes(a.shape, b.shape), dtype=dtype))
+
+
 def _gate_gradient(grad: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
-    """⟨∂L/∂(αW), W⟩, summed over the dimensions along which the gate is broadcast."""
-    if gate.numel() == 1 and grad.dtype == weight.dtype == torch.float32:
+    """⟨∂L/∂(αW), W⟩, summed over the dimensions along which the gate is broadcast, in the dtype of the gate."""
+    if weight.is_cuda and gate.numel() == 1 and grad.dtype == weight.dtype == torch.float32:
+        # No product in memory. Not on a CPU, where BLAS adds up in few lanes: 3e-6 off for 2²⁴ terms, a sum 5e-8.
         return torch.dot(grad.reshape(-1), weight.reshape(-1)).reshape(gate.shape)
-    product = grad.to(torch.promote_types(grad.dtype, torch.float32)) * weight
+    product = grad.to(torch.promote_types(grad.dtype, gate.dtype)) * weight
     return product.sum_to_size(gate.shape).to(gate.dtype)
 
 
@@ -45,29 +56,33 @@ class _GatedLinear(torch.autograd.Function):
 
     Autograd would keep αW as well. Under FSDP that is a whole unsharded matrix for each layer, which resharding W
     after the forward pass does not free; recomputing αW is one elementwise pass.
+
+    A second derivative raises an error. `once_differentiable` would only word it better, and costs 2 µs a call.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
-        ctx.x_dtype, ctx.dtype = x.dtype, dtype
-        x = x.to(dtype)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x, weight, gate)
-        return F.linear(x, gated_weight(weight, gate).to(dtype))
+        return F.linear(x, _product(weight, gate, x.dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, gate = ctx.saved_tensors
+        needs_x, needs_weight, needs_gate = ctx.needs_input_grad
         grad_x = grad_weight = grad_gate = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad_y @ gated_weight(weight, gate).to(ctx.dtype)).to(ctx.x_dtype)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        if needs_x:
+            # αW, where the forward pass has Wα: a compiler that saw one expression would compute it once, and keep it.
+            grad_x = grad_y @ _product(gate, weight, x.dtype)
+        if needs_weight or needs_gate:
             # ∂L/∂(αW); both gradients follow from it without another pass over the activations.
-            grad = grad_y.reshape(-1, grad_y.size(-1)).T @ x.reshape(-1, x.size(-1))
-            if ctx.needs_input_grad[2]:
+            grad = grad_y.reshape(-1, grad_y.size(-1)).t() @ x.reshape(-1, x.size(-1))
+            if needs_gate:
+                grad = grad.to(torch.promote_types(grad.dtype, weight.dtype))
                 grad_gate = _gate_gradient(grad, weight, gate)
-            grad_weight = (grad * gate).to(weight.dtype)
-        return grad_x, grad_weight, grad_gate, None
+            if needs_weight:
+                in_place = grad.dtype == weight.dtype
+                grad_weight = torch.mul(grad, gate, out=grad) if in_place else _product(grad, gate, weight.dtype)
+        return grad_x, grad_weight, grad_gate
 
 
 def gated_linear(x: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
@@ -78,21 +93,24 @@ def gated_linear(x: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
     .. math:: \partial L/\partial W = \alpha\,G, \quad \partial L/\partial\alpha = \langle G, W\rangle,
               \quad G = \partial L/\partial(\alpha W),
 
-    and under autocast in the dtype that `F.linear` would use there. It keeps no αW for the backward pass.
+    and under autocast in the dtype that `F.linear` would use there. It keeps no αW for the backward pass, compiled or
+    not, unless W is small: then keeping it costs less than a Python function in the backward pass would.
+    `benchmarks/README.md` has the figures behind this form.
 
     Args:
         x: (..., I).
         weight: (O, I), the actual weight W.
-        gate: α, as `broadcast_gate` gives it: (1, 1), (O, 1) or (1, I).
+        gate: α, as `broadcast_gate` gives it: (1,), (O, 1) or (I,).
 
     Returns:
         (..., O).
     """
     device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-    with torch.autocast(device, enabled=False):
-        return _GatedLinear.apply(x, weight, gate, dtype)  # type: ignore[return-value]
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    if weight.numel() <= _SMALL:
+        return F.linear(x, gated_weight(weight, gate).to(x.dtype))
+    return _GatedLinear.apply(x, weight, gate)  # type: ignore[return-value]
 
 
 def weight_norm(weight: Tensor, gain: Tensor) -> Tensor:
