@@ -10,11 +10,18 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks import gate, loss, monitor, step, trainer
+from benchmarks import gate, loss, monitor, precision, step, trainer
 from benchmarks.record import Recorder
 from benchmarks.sizes import SIZES
 
-SUITES = {"step": step.run, "trainer": trainer.run, "monitor": monitor.run, "loss": loss.run, "gate": gate.run}
+SUITES = {
+    "step": step.run,
+    "trainer": trainer.run,
+    "monitor": monitor.run,
+    "loss": loss.run,
+    "gate": gate.run,
+    "precision": precision.run,
+}
 MODES = {"eager": False, "compiled": True}
 
 

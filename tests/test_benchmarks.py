@@ -9,7 +9,7 @@ import pytest
 import torch
 import typer
 
-from benchmarks import record, run, sizes, step
+from benchmarks import precision, record, run, sizes, step
 from benchmarks.monitor import DUE, IDLE, MONITORS
 from benchmarks.record import COLUMNS, Recorder, ratio
 
@@ -97,6 +97,19 @@ def test_gate_measures_the_error_of_each_form_and_of_a_rounded_gate(tmp_path):
         assert all(low < error < high for error in errors)
     assert medians(rows, "relative error of αW")["W_e α=158.11"] == pytest.approx(1 - 158 * 4e-5**0.5, rel=1e-3)
     assert medians(rows, "spacing of α")["W_e α=158.11"] == 1
+
+
+def test_precision_pairs_trainings_that_differ_in_the_gates_dtype_alone(tmp_path, monkeypatch):
+    """Of the same seed and data, so the losses are equal but for the rounding of 14 gates, by 2⁻⁹ each at most."""
+    monkeypatch.setattr(precision, "_STEPS", 10)
+    rows = measure(tmp_path, "precision")
+    losses = {row["variant"]: row for row in rows if row["unit"] == "held-out loss"}
+    assert losses.keys() == {precision.FLOAT32, precision.BFLOAT16}
+    assert all(row["n"] == "6" and 3 < float(row["median"]) < 6 for row in losses.values())
+    assert all("10 steps on random tokens" in row["note"] for row in rows)
+    assert float(losses[precision.BFLOAT16]["ratio"]) == pytest.approx(1, abs=0.01)
+    assert losses[precision.BFLOAT16]["ratio"] != "1"
+    assert set(medians(rows, "gates of 14 that changed in bfloat16")) == losses.keys()
 
 
 def test_a_drift_that_meets_both_variants_leaves_the_ratio_alone():
