@@ -1,0 +1,198 @@
+"""What a training step costs beyond its arithmetic: the optimizer's form, graph breaks, waits for the device."""
+
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo
+from composer import Callback, Event, State
+from composer.loggers import Logger
+from llmfoundry import registry
+from llmfoundry.command_utils import train_from_yaml
+from llmfoundry.utils.builders import build_optimizer
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llmfoundry_wesar.methods import load
+from tests.distributed import REPOSITORY, launch
+from tests.test_training import TINY, assert_same, train, train_methods
+
+
+class _Parameters(nn.Module):
+    """A matrix, its gate and a norm's weight, under the names that the settings' parameter groups match."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.up_proj = nn.Module()
+        self.up_proj.weight = nn.Parameter(torch.randn(7, 5, generator=generator))
+        self.up_proj.gate = nn.Parameter(torch.full((1,), 158.0))
+        self.norm_1 = nn.Module()
+        self.norm_1.weight = nn.Parameter(torch.ones(5))
+
+
+def test_the_settings_fused_adamw_updates_as_the_formula_and_as_the_plain_one():
+    """Twenty steps of noise, against Loshchilov and Hutter's formula in float64 and torch's loop over tensors.
+
+    Each step rounds a parameter once, 6e-8 relative, so 20 of them differ by 1.2e-6 at most.
+    """
+    options = OmegaConf.to_container(load("setting", "rapid").optimizer)
+    assert options["name"] == "adamw" and options["fused"] is True
+    models, optimizers = {}, {}
+    for name, form in {"fused": {}, "plain": {"fused": False, "foreach": False}}.items():
+        models[name], config = _Parameters(), OmegaConf.to_container(load("setting", "rapid").optimizer) | form
+        optimizers[name] = build_optimizer(models[name], config.pop("name"), config)
+    reference = {name: p.detach().double() for name, p in _Parameters().named_parameters()}
+    first = {name: torch.zeros_like(p) for name, p in reference.items()}
+    second = {name: torch.zeros_like(p) for name, p in reference.items()}
+    generator, (beta1, beta2) = torch.Generator().manual_seed(1), options["betas"]
+    for step in range(1, 21):
+        gradients = {name: torch.randn(p.shape, generator=generator) for name, p in reference.items()}
+        for form, model in models.items():
+            for name, p in model.named_parameters():
+                p.grad = gradients[name].clone()
+            optimizers[form].step()
+        for name, g in gradients.items():
+            decay = options["weight_decay"] if name == "up_proj.weight" else 0.0
+            first[name] = beta1 * first[name] + (1 - beta1) * g.double()
+            second[name] = beta2 * second[name] + (1 - beta2) * g.double() ** 2
+            m, v = first[name] / (1 - beta1**step), second[name] / (1 - beta2**step)
+            reference[name] = (1 - options["lr"] * decay) * reference[name]
+            reference[name] -= options["lr"] * m / (v.sqrt() + options["eps"])
+    start = dict(_Parameters().named_parameters())
+    for name, expected in reference.items():
+        assert (expected - start[name]).abs().max() > 1e-3
+        for model in models.values():
+            torch.testing.assert_close(model.get_parameter(name).double(), expected, rtol=2e-6, atol=1e-7)
+        plain, fused = (models[form].get_parameter(name) for form in ("plain", "fused"))
+        torch.testing.assert_close(fused, plain, rtol=2e-6, atol=1e-7)
+
+
+def test_fused_adamw_trains_as_the_plain_one_on_one_process_and_on_two(dataset, tmp_path):
+    """Of two FSDP2 processes one holds an empty shard of every gate. Tolerance as in test_training, for its reason."""
+    fused, sharded = "optimizer.fused=true", ["fsdp_config.sharding_strategy=FULL_SHARD", "model.init_device=mixed"]
+    plain = train_methods(dataset, tmp_path / "plain", ["wesar"], "optimizer.fused=false", "optimizer.foreach=false")
+    one = train_methods(dataset, tmp_path / "one", ["wesar"], fused)
+    two = launch(train_methods, dataset, tmp_path / "two", ["wesar"], fused, *sharded, FSDP_VERSION="2")
+    assert_same(one["wesar"], plain["wesar"], 1e-5)
+    assert_same(two[0]["wesar"], one["wesar"], 1e-5)
+
+
+@pytest.mark.parametrize("method", ["wesar", "weight_norm", "sigma_reparam"])
+def test_the_stock_trainer_compiles_without_a_graph_break(method, dataset, tmp_path):
+    """None anywhere, not only inside a block: the whole forward pass is in one graph.
+
+    All but code generation, which takes a minute: dynamo and autograd's tracing. The kernels are the eager ones, so the
+    losses and gates are equal but for the order of sums.
+    """
+    eager = train(dataset, tmp_path / "eager", f"variables.method={method}")
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = train(dataset, tmp_path / "compiled", f"variables.method={method}", "compile_config.backend=aot_eager")
+    assert not counters["graph_break"], counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] > 0
+    assert_same(compiled, eager, 1e-5)
+
+
+# Operators of which the host needs the result, or its size, before it can go on.
+_WAITS = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.item.default,
+    torch.ops.aten.is_nonzero.default,
+    torch.ops.aten.equal.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten._unique2.default,
+    torch.ops.aten.unique_consecutive.default,
+}
+# Copies to the host that are no operator if the tensor is there already.
+_COPIES = {torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist}
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self, found: Counter):
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        by_mask = func is torch.ops.aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if func in _WAITS or by_mask:
+            self.found[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class _Calls(TorchFunctionMode):
+    def __init__(self, found: Counter):
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in _COPIES:
+            self.found[f"Tensor.{func.__name__}"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class CountWaits(Callback):
+    """Counts, for each batch from BATCH_START to BATCH_END, what would make the host wait for a GPU."""
+
+    def __init__(self) -> None:
+        self.batches: list[Counter[str]] = []
+
+    def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        if event == Event.BATCH_START:
+            self.batches.append(Counter())
+            self.modes = ExitStack()
+            self.modes.enter_context(_Calls(self.batches[-1]))
+            self.modes.enter_context(_Operators(self.batches[-1]))
+        if event == Event.BATCH_END:
+            self.modes.close()
+
+
+registry.callbacks.register("count_waits", func=CountWaits)
+
+
+def waits(config: DictConfig, folder: Path) -> list[Counter[str]]:
+    """What each batch waits for, in a run of the stock trainer."""
+    config.callbacks = {**config.callbacks, "count_waits": {}}  # the last one: it sees what the monitors do
+    config.loggers = {"inmemory": {}}
+    OmegaConf.save(config, folder / "config.yaml")
+    trainer = train_from_yaml(str(folder / "config.yaml"))
+    trainer.close()
+    [counter] = [callback for callback in trainer.state.callbacks if isinstance(callback, CountWaits)]
+    return counter.batches
+
+
+def test_our_model_and_monitors_wait_for_no_more_than_the_stock_model(dataset, tmp_path):
+    """Counted on a CPU, where nothing waits: the operators and calls that would, in each of four batches.
+
+    Stock is mpt_causal_lm with its own attention and loss; ours adds gates, z-loss, SDPA and both monitors. Both have
+    fused AdamW, since this is not about Composer's. The monitors are due in every other batch, and there alone copy.
+
+    It does not see which tensors would be on the GPU, copies by `Tensor.to`, waits inside a kernel or a CUDA library,
+    allocations that wait, nor what code for CUDA alone does. `benchmarks.run --suite monitor` counts those on a GPU.
+    """
+    overrides = [*TINY, f"variables.data={dataset}", "optimizer.fused=true"]
+    ours = OmegaConf.merge(OmegaConf.load(REPOSITORY / "yamls/quickstart.yaml"), OmegaConf.from_cli(overrides))
+    stock = ours.copy()
+    for name in ("update_ratio_monitor", "gate_monitor"):
+        ours.callbacks[name].interval = "2ba"
+        del stock.callbacks[name]
+    del stock.model["z_loss"], stock.variables["method"]
+    stock.run_name = "stock"
+    stock.model |= {"name": "mpt_causal_lm", "loss_fn": "torch_crossentropy", "init_config": {"name": "small_init_"}}
+    stock.model.attn_config.attn_type = "multihead_attention"
+    expected, found = waits(stock, tmp_path), waits(ours, tmp_path)
+    assert len(expected) == len(found) == 4
+    # That Composer and foundry wait at all, for the loss that they log and for metrics, shows that waits are seen.
+    assert all(batch[str(torch.ops.aten._local_scalar_dense.default)] > 0 for batch in expected)
+    # Composer itself copies each entry of a loss dict to log it, and ours has two more: cross-entropy and z-loss.
+    allowed = [batch + Counter({"Tensor.cpu": 2}) for batch in expected]
+    idle, due = sorted((found[::2], found[1::2]), key=lambda batches: batches[0].total())
+    for batch, reference in zip(idle, allowed, strict=False):
+        assert batch <= reference, batch - reference
+    assert all(batch["Tensor.cpu"] > reference["Tensor.cpu"] for batch, reference in zip(due, allowed, strict=False))
