@@ -9,13 +9,18 @@ export PYTHONWARNINGS := ignore
 # The tests' tensors are so small that threads would only wait for one another.
 test check: export OMP_NUM_THREADS = 1
 
-.PHONY: quickstart test check clean
+.PHONY: quickstart figures test check clean
 
 quickstart: $(VENV)/ready
 	llmfoundry-wesar data data/stdlib --source stdlib --vocab-size 4096 --sequence-length 256 --val-fraction 0.03
 	llmfoundry train yamls/quickstart.yaml variables.method=small_init
 	llmfoundry train yamls/quickstart.yaml variables.method=wesar
 	llmfoundry-wesar plot runs/quickstart-small_init runs/quickstart-wesar --table --out runs/quickstart.png
+
+# The README's pictures, and the verdicts that it quotes, from what is committed.
+figures: $(VENV)/ready
+	python -m results report
+	llmfoundry-wesar plot results/quickstart.csv --out results/quickstart.png
 
 test: $(VENV)/ready $(VENV)/transformers5
 	pytest

@@ -11,7 +11,7 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from llmfoundry_wesar.scalars import Scalars
-from llmfoundry_wesar.summary import COLUMNS, read_rows
+from llmfoundry_wesar.summary import COLUMNS, read_rows, table
 from results import learning_rates, norms, relative_step, seeds, spikes, update_ratios
 from results.__main__ import CLAIMS, app
 from results.evidence import FOLDER, SEEDS, Evidence, Lacking, Series, keep, paired, run
@@ -199,6 +199,13 @@ def test_what_is_published_follows_from_what_is_kept(tmp_path: Path):
     quoted = re.findall(r"^> (\([a-g]\) .*)$", readme, re.MULTILINE)
     assert quoted
     assert all(line in text for line in quoted)
+    # What compare gave: method, n, and held-out and training loss of each line of the README's table.
+    compared = table(read_rows(FOLDER / "quickstart-compare/runs.csv"))
+    summed = {line.split(" | ")[0]: line.split(" | ") for line in compared.splitlines()}
+    rows = re.findall(r"^\| `(\w+)` \| (\d) \| (.*?) \| (.*?) \| ", readme, re.MULTILINE)
+    assert len(rows) == len(summed) - 2
+    for method, n, held_out, training in rows:
+        assert [n, training, held_out] == summed[f"| {method}"][1:4]
 
 
 def test_an_unknown_claim_is_refused():
