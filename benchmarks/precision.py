@@ -18,6 +18,7 @@ from scipy import stats
 from streaming import StreamingDataset
 from streaming.base.util import clean_stale_shared_memory
 from torch.func import functional_call
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from benchmarks.record import Recorder
@@ -26,6 +27,12 @@ from llmfoundry_wesar.model import ComposerWeSaRMPTCausalLM
 
 FLOAT32, BFLOAT16 = "gates in float32", "gates in bfloat16"
 _STEPS, _FEWEST_PAIRS, _HELD_OUT = 100, 6, 64  # the last in sequences
+
+
+def _factor(step: int) -> float:
+    """Of the learning rate: a warm-up over a tenth of the steps, then a cosine to 10%."""
+    warmup = _STEPS // 10
+    return min((step + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * max(0, step - warmup) / (_STEPS - warmup)))
 
 
 class _Training:
@@ -39,6 +46,7 @@ class _Training:
         self.clip = config["algorithms"]["gradient_clipping"]["clipping_threshold"]
         optimizer = copy.deepcopy(config["optimizer"])  # the builder takes it apart
         self.optimizer = build_optimizer(self.model, optimizer.pop("name"), optimizer)
+        self.schedule = LambdaLR(self.optimizer, _factor)
         self.gates = {name: p for name, p in self.model.named_parameters() if name.endswith(".gate")}
         self.first = {name: gate.bfloat16() for name, gate in self.gates.items()}
         self.moved: set[str] = set()
@@ -53,14 +61,11 @@ class _Training:
         with torch.autocast(self.device, torch.bfloat16):
             return self.model.loss(functional_call(self.model, used, (batch,)), batch)[term]
 
-    def step(self, tokens: torch.Tensor, factor: float) -> None:
-        """One step, at `factor` times the learning rate."""
+    def step(self, tokens: torch.Tensor) -> None:
         self.loss(tokens, "total").backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] = group.get("initial_lr", group["lr"])
-            group["lr"] *= factor
         self.optimizer.step()
+        self.schedule.step()
         self.optimizer.zero_grad()
         self.moved |= {name for name, gate in self.gates.items() if gate.bfloat16() != self.first[name]}
 
@@ -93,11 +98,6 @@ def run(recorder: Recorder, size: str, compiled: bool, seconds: float) -> None:
         size_of = (_STEPS * batch + _HELD_OUT, config["max_seq_len"])
         tokens = torch.randint(config["model"]["vocab_size"], size_of, generator=generator)
         train, held_out = tokens[_HELD_OUT:], tokens[:_HELD_OUT]
-    warmup = _STEPS // 10
-    factors = [
-        min((i + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * max(0, i - warmup) / (_STEPS - warmup)))
-        for i in range(_STEPS)
-    ]
     losses: dict[str, list[float]] = {FLOAT32: [], BFLOAT16: []}
     moved: dict[str, list[float]] = {FLOAT32: [], BFLOAT16: []}
     start = time.monotonic()
@@ -107,10 +107,10 @@ def run(recorder: Recorder, size: str, compiled: bool, seconds: float) -> None:
         dtypes = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16}
         pair = {variant: _Training(config, recorder.device, seed, dtype) for variant, dtype in dtypes.items()}
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-        for i, factor in enumerate(tqdm(factors, desc=f"precision {size}, pair {seed}", mininterval=5)):
+        for i in tqdm(range(_STEPS), desc=f"precision {size}, pair {seed}", mininterval=5):
             rows = order[torch.arange(i * batch, (i + 1) * batch) % len(order)]
             for training in pair.values():
-                training.step(train[rows], factor)
+                training.step(train[rows])
         for variant, training in pair.items():
             losses[variant].append(training.held_out(held_out[:_HELD_OUT], batch))
             moved[variant].append(len(training.moved))
