@@ -58,17 +58,23 @@ _BASELINE = "small_init"
 _LOSS = "loss/train/loss"
 
 
-def spikes(losses: np.ndarray) -> int:
-    """Number of losses more than 6 standard deviations above the mean of the 128 losses before.
+def spike_steps(losses: np.ndarray) -> np.ndarray:
+    """Indices of the losses more than 6 standard deviations above the mean of the 128 losses before.
 
-    This is the rule of OLMo-core's `StabilityMonitorCallback`, whose spike score is this number over that of all
+    This is the rule of OLMo-core's `StabilityMonitorCallback`, whose spike score is their number over that of all
     steps: upward only, population standard deviation, the first 128 steps and a constant loss not judged.
     """
     if len(losses) <= SPIKE_WINDOW:
-        return 0
+        return np.array([], dtype=np.int64)
     before = np.lib.stride_tricks.sliding_window_view(losses[:-1].astype(np.float64), SPIKE_WINDOW)
     mean, deviation = before.mean(axis=1), before.std(axis=1)
-    return int(np.sum((losses[SPIKE_WINDOW:] > mean + SPIKE_DEVIATIONS * deviation) & (deviation >= 1e-10)))
+    above = (losses[SPIKE_WINDOW:] > mean + SPIKE_DEVIATIONS * deviation) & (deviation >= 1e-10)
+    return SPIKE_WINDOW + np.flatnonzero(above)
+
+
+def spikes(losses: np.ndarray) -> int:
+    """Number of `spike_steps`."""
+    return len(spike_steps(losses))
 
 
 def largest_jump(losses: np.ndarray) -> float:

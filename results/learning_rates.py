@@ -8,21 +8,21 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from llmfoundry_wesar.plot import COLOURS
-from llmfoundry_wesar.summary import Row, largest_jump
-from results.evidence import FEWEST, LEARNING_RATE, SEEDS, Evidence, Lacking, Series, Verdict, decide, interval
-from results.pictures import panels
+from llmfoundry_wesar.scalars import Scalars
+from llmfoundry_wesar.summary import largest_jump
+from results.evidence import FEWEST, LEARNING_RATE, MAIN, SEEDS, Evidence, Lacking, Series, Verdict, decide, interval
+from results.pictures import band, panels
 
-METHODS = ("small_init", "wesar")
 RATES = ("2.0e-3", "8.0e-3", "4.0e-3", "1.6e-2", "5.0e-4", "6.4e-2")
 SWEEP = sorted([1e-3, *map(float, RATES)])
 # σ² = 16e-5 and 1e-5 beside the paper's 4e-5.
 SIGMAS = ("0.0126491106", "0.0031622777")
 SERIES = (
-    Series(METHODS),
-    *(Series(METHODS, (seed,), {"optimizer.lr": RATES}) for seed in SEEDS),
+    Series(MAIN),
+    *(Series(MAIN, (seed,), {"optimizer.lr": RATES}) for seed in SEEDS),
     Series(("wesar",), SEEDS, {"model.init_config.sigma": SIGMAS}),
     # Done before the sweep was cut; judged nowhere, since other seeds lack it.
-    Series(METHODS, SEEDS[:1], {"optimizer.lr": ("2.56e-1",)}),
+    Series(MAIN, SEEDS[:1], {"optimizer.lr": ("2.56e-1",)}),
 )
 
 
@@ -59,7 +59,7 @@ class Sweep(NamedTuple):
 
 def _sweeps(evidence: Evidence) -> dict[str, Sweep]:
     """The sweep of each method, over the seeds that have all rates of both."""
-    runs = {method: [evidence.find(method, learning_rate=rate) for rate in SWEEP] for method in METHODS}
+    runs = {method: [evidence.find(method, learning_rate=rate) for rate in SWEEP] for method in MAIN}
     seeds = sorted(set.intersection(*(set(found) for rates in runs.values() for found in rates)))
     if len(seeds) < FEWEST:
         raise Lacking(f"{len(seeds)} of {FEWEST} seeds have all learning rates")
@@ -67,10 +67,11 @@ def _sweeps(evidence: Evidence) -> dict[str, Sweep]:
     for method, rates in runs.items():
         cells = []
         for row in (found[seed] for seed in seeds for found in rates):
-            losses = evidence.curves(row)["loss/train/loss"][1]
+            scalars = evidence.curves(row)
+            losses = scalars["loss/train/loss"][1]
             bad = int(row["spikes"]) > 0 or not float(row["final_loss"]) <= losses[0]
-            ratio = median_update_ratio(evidence, row)
-            cells.append((float(row["held_out_loss"]), losses[0], bad, largest_jump(losses) > 1, ratio))
+            jumped, ratio = largest_jump(losses) > 1, median_update_ratio(scalars)
+            cells.append((float(row["held_out_loss"]), losses[0], bad, jumped, ratio))
         sweeps[method] = Sweep(
             *(np.array(column).reshape(len(seeds), len(SWEEP)) for column in zip(*cells, strict=True))
         )
@@ -81,9 +82,7 @@ def _draw(sweeps: dict[str, Sweep]) -> Figure:
     picture, axes = panels(2, sharey=True)
     for colour, (method, sweep) in zip(COLOURS, sweeps.items(), strict=False):
         for axis, x in zip(axes, (np.array(SWEEP), sweep.ratios.mean(axis=0)), strict=True):
-            axis.plot(x, sweep.losses.mean(axis=0), "o-", color=colour, label=method, markersize=3)
-            low, high = sweep.losses.min(axis=0), sweep.losses.max(axis=0)
-            axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            band(axis, x, sweep.losses, colour, method, marker="o", markersize=3)
             axis.set_xscale("log")
             axis.xaxis.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel("held-out loss (nats)")
@@ -96,7 +95,7 @@ def _draw(sweeps: dict[str, Sweep]) -> Figure:
 def report(evidence: Evidence) -> Verdict:
     """Judges the claim by its rule."""
     sweeps = _sweeps(evidence)
-    small, wesar = (sweeps[method] for method in METHODS)
+    small, wesar = (sweeps[method] for method in MAIN)
     steadier = interval(small.sensitivity() - wesar.sensitivity())
     first_bad = [np.log2(sweep.first(sweep.bad)) for sweep in (small, wesar)]
     later = interval(first_bad[1] - first_bad[0])
@@ -123,8 +122,8 @@ def report(evidence: Evidence) -> Verdict:
     )
 
 
-def median_update_ratio(evidence: Evidence, row: Row) -> float:
+def median_update_ratio(scalars: Scalars) -> float:
     """The median over all matrices and all steps with an update."""
-    values = [values for metric, (_, values) in evidence.curves(row).items() if metric.startswith("update_ratio/")]
+    values = [values for metric, (_, values) in scalars.items() if metric.startswith("update_ratio/")]
     positive = np.concatenate(values)
     return float(np.median(positive[np.isfinite(positive) & (positive > 0)]))

@@ -5,12 +5,10 @@ import math
 import numpy as np
 
 from llmfoundry_wesar.plot import COLOURS
-from results.evidence import Evidence, Series, Verdict, by_role, decide, interval, paired
-from results.pictures import band, panels
+from results.evidence import MAIN, MAIN_SEEDS, Evidence, Series, Verdict, by_role, decide, interval, paired
+from results.pictures import over_steps, panels
 
-METHODS = ("small_init", "wesar")
-SEEDS = tuple(range(11, 19))
-SERIES = (Series(METHODS, SEEDS),)
+SERIES = (Series(MAIN, MAIN_SEEDS),)
 
 
 def report(evidence: Evidence) -> Verdict:
@@ -18,7 +16,7 @@ def report(evidence: Evidence) -> Verdict:
     growth: dict[tuple[str, str, str], dict[int, float]] = {}
     curves: dict[tuple[str, str, str], list[tuple[np.ndarray, np.ndarray]]] = {}
     for method, family in (("small_init", "weight_norm"), ("wesar", "weight_norm"), ("wesar", "gate")):
-        for seed, row in evidence.find(method, SEEDS).items():
+        for seed, row in evidence.find(method, MAIN_SEEDS).items():
             for role, (steps, values) in by_role(evidence.curves(row), family).items():
                 relative = (values / values[:, :1]).mean(axis=0)
                 growth.setdefault((method, family, role), {})[seed] = relative[-1]
@@ -42,9 +40,9 @@ def report(evidence: Evidence) -> Verdict:
     picture, axes = panels(2, sharey=True)
     for axis, role in zip(axes, ("W_d", "W_u"), strict=True):
         axis.set_title(f"$W_{role[2]}$")
-        band(axis, curves["small_init", "weight_norm", role], COLOURS[0], r"small_init $\|W\|$")
-        band(axis, curves["wesar", "weight_norm", role], COLOURS[1], r"wesar $\|W\|$")
-        band(axis, curves["wesar", "gate", role], COLOURS[2], r"wesar $\alpha$", "--")
+        over_steps(axis, curves["small_init", "weight_norm", role], COLOURS[0], r"small_init $\|W\|$")
+        over_steps(axis, curves["wesar", "weight_norm", role], COLOURS[1], r"wesar $\|W\|$")
+        over_steps(axis, curves["wesar", "gate", role], COLOURS[2], r"wesar $\alpha$", linestyle="--")
     axes[0].set_ylabel("relative to the start, mean over blocks")
     axes[1].legend(loc="center right", frameon=False)
     bars = [*more, *carried]

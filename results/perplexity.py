@@ -10,11 +10,9 @@ from tempfile import TemporaryDirectory
 
 from llmfoundry_wesar.evaluate import evaluate
 from llmfoundry_wesar.export import export
-from results.evidence import SEEDS, Evidence, Lacking, Verdict, interval, paired
+from results.evidence import MAIN, SEEDS, Evidence, Lacking, Verdict, append, interval, paired
 
-METHODS = ("small_init", "wesar")
 TASKS = ("wikitext", "lambada")
-COLUMNS = ["run", "task", "kind", "value"]
 
 
 def _scores(folder: Path) -> dict[tuple[str, str, str], float]:
@@ -36,9 +34,8 @@ def score(evidence: Evidence, work: Path, data: Path | None) -> Iterator[str]:
     Yields:
         What was scored.
     """
-    path = evidence.folder / "perplexity.csv"
     scored = {run for run, _, _ in _scores(evidence.folder)}
-    rows = [row for method in METHODS for row in evidence.find(method, fewest=0).values()]
+    rows = [row for method in MAIN for row in evidence.find(method, fewest=0).values()]
     for row in sorted(rows, key=lambda row: int(row["seed"])):
         checkpoint = work / "checkpoints" / row["run"]
         if row["run"] in scored or not checkpoint.exists():
@@ -46,28 +43,27 @@ def score(evidence: Evidence, work: Path, data: Path | None) -> Iterator[str]:
         with TemporaryDirectory() as folder:
             export(str(checkpoint), f"{folder}/model", "hf")
             evaluation = evaluate(f"{folder}/model", ",".join(TASKS), data)
-        new = not path.exists()
-        with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if new:
-                writer.writerow(COLUMNS)
-            for task, scores in evaluation.scores.items():
-                writer.writerows([row["run"], task, kind, value] for kind, value in scores.items())
+        lines = [
+            {"run": row["run"], "task": task, "kind": kind, "value": value}
+            for task, scores in evaluation.scores.items()
+            for kind, value in scores.items()
+        ]
+        append(evidence.folder / "perplexity.csv", lines[0], lines)
         yield f"{row['run']}: {evaluation.scores}"
 
 
 def report(evidence: Evidence) -> Verdict:
     """The table of all scores, and what the perplexities per token say."""
     scores = _scores(evidence.folder)
-    runs = {method: {seed: row["run"] for seed, row in evidence.find(method, SEEDS).items()} for method in METHODS}
+    runs = {method: {seed: row["run"] for seed, row in evidence.find(method, SEEDS).items()} for method in MAIN}
     if lacking := [
         run for found in runs.values() for run in found.values() if (run, "wikitext", "per token") not in scores
     ]:
         raise Lacking(f"{len(lacking)} of {sum(map(len, runs.values()))} runs are not scored")
     kinds = list(dict.fromkeys((task, kind) for _, task, kind in scores))
-    lines = [["task", "kind", *METHODS, "Small − WeSaR"]]
+    lines = [["task", "kind", *MAIN, "Small − WeSaR"]]
     for task, kind in kinds:
-        found = {method: {seed: scores[run, task, kind] for seed, run in runs[method].items()} for method in METHODS}
+        found = {method: {seed: scores[run, task, kind] for seed, run in runs[method].items()} for method in MAIN}
         difference = paired(found["small_init"], found["wesar"])
         lines.append([task, kind, *(str(interval(values.values())) for values in found.values()), str(difference)])
     return Verdict("measured", f"Merged models of {len(runs['wesar'])} seeds at 1e-3.", None, lines)

@@ -1,6 +1,7 @@
 """What the pictures of the claims share."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -18,13 +19,17 @@ def panels(columns: int, sharey: bool = False, height: float = 3.0) -> tuple[Fig
     return picture, list(axes)
 
 
-def band(
-    axis: Axes, curves: Sequence[tuple[np.ndarray, np.ndarray]], colour: str, label: str, style: str = "-"
+def band(axis: Axes, x: np.ndarray, values: np.ndarray, colour: str, label: str, **style: Any) -> None:
+    """The mean over seeds of values (seeds, x), and the range of the seeds as a band."""
+    axis.plot(x, values.mean(axis=0), color=colour, label=label, **style)
+    axis.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+
+
+def over_steps(
+    axis: Axes, curves: Sequence[tuple[np.ndarray, np.ndarray]], colour: str, label: str, **style: Any
 ) -> None:
-    """The mean over seeds of curves with the same steps, and the range of the seeds as a band."""
-    steps, values = curves[0][0], np.stack([values for _, values in curves])
-    axis.plot(steps, values.mean(axis=0), color=colour, label=label, linestyle=style, linewidth=1.3)
-    axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+    """The `band` of each seed's (steps, values), of which all steps are the same."""
+    band(axis, curves[0][0], np.stack([values for _, values in curves]), colour, label, linewidth=1.3, **style)
     axis.set_xlabel("step")
 
 

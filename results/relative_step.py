@@ -10,9 +10,9 @@ from results.pictures import dots, panels
 # Where the learning rates were searched; it counts for nothing else.
 SEARCH_SEED = 99
 SEARCH = ("4.0e-3", "8.0e-3")
-METHODS = ("small_init", "he_init")
 # What `equal_rate` gave, to two digits.
 EQUAL = {"small_init": "9.4e-3", "he_init": "1.2e-2"}
+METHODS = tuple(EQUAL)
 SERIES = (
     Series((*METHODS, "wesar"), (SEARCH_SEED,)),
     Series(METHODS, (SEARCH_SEED,), {"optimizer.lr": SEARCH}),
@@ -26,13 +26,18 @@ def equal_rate(evidence: Evidence, method: str) -> float:
 
     A line through the two nearest runs, of the logarithms of both.
     """
-    target = median_update_ratio(evidence, evidence.find("wesar", (SEARCH_SEED,), 1)[SEARCH_SEED])
+    target = median_update_ratio(evidence.curves(evidence.find("wesar", (SEARCH_SEED,), 1)[SEARCH_SEED]))
     rates = [LEARNING_RATE, *map(float, SEARCH)]
     found = [evidence.find(method, (SEARCH_SEED,), 1, learning_rate=rate)[SEARCH_SEED] for rate in rates]
-    ratios = [median_update_ratio(evidence, row) for row in found]
+    ratios = [median_update_ratio(evidence.curves(row)) for row in found]
     nearest = sorted(sorted(range(len(rates)), key=lambda i: abs(math.log(ratios[i] / target)))[:2])
     (x0, x1), (y0, y1) = ([math.log(values[i]) for i in nearest] for values in (ratios, rates))
     return math.exp(y0 + (y1 - y0) * (math.log(target) - x0) / (x1 - x0))
+
+
+def _ratios(evidence: Evidence, method: str, **vary: float) -> dict[int, float]:
+    """Seed → median update ratio; as for `Evidence.find`."""
+    return {seed: median_update_ratio(evidence.curves(row)) for seed, row in evidence.find(method, **vary).items()}
 
 
 def report(evidence: Evidence) -> Verdict:
@@ -50,15 +55,13 @@ def report(evidence: Evidence) -> Verdict:
             "share of the lead that goes",
         ]
     )
-    ratio = {seed: median_update_ratio(evidence, row) for seed, row in evidence.find("wesar").items()}
-    for method in METHODS:
-        rate = float(EQUAL[method])
+    ratio = _ratios(evidence, "wesar")
+    for method, digits in EQUAL.items():
+        rate = float(digits)
         if not math.isclose(searched := equal_rate(evidence, method), rate, rel_tol=0.05):
             raise Lacking(f"the search for {method} gives {searched:.2g}, the runs have {rate:.2g}")
         base, equal = evidence.losses(method), evidence.losses(method, learning_rate=rate)
-        there = {
-            seed: median_update_ratio(evidence, row) for seed, row in evidence.find(method, learning_rate=rate).items()
-        }
+        there = _ratios(evidence, method, learning_rate=rate)
         seeds = sorted(base.keys() & equal.keys() & wesar.keys())
         share = interval((base[seed] - equal[seed]) / (base[seed] - wesar[seed]) for seed in seeds)
         left = paired(equal, wesar)

@@ -4,16 +4,15 @@ import numpy as np
 from scipy import stats
 
 from llmfoundry_wesar.plot import COLOURS
-from results.evidence import Evidence, Series, Verdict, decide
+from results.evidence import MAIN, MAIN_SEEDS, Evidence, Series, Verdict, decide
 from results.pictures import dots, panels
 
-SEEDS = tuple(range(11, 19))
-SERIES = (Series(("small_init", "wesar"), SEEDS),)
+SERIES = (Series(MAIN, MAIN_SEEDS),)
 
 
 def report(evidence: Evidence) -> Verdict:
     """Judges the claim by its rule."""
-    losses = {method: list(evidence.losses(method, SEEDS).values()) for method in ("small_init", "wesar")}
+    losses = {method: list(evidence.losses(method, MAIN_SEEDS).values()) for method in MAIN}
     small, wesar = (np.array(values) for values in losses.values())
     quotient = small.var(ddof=1) / wesar.var(ddof=1)
     bar = stats.f.ppf(0.95, len(small) - 1, len(wesar) - 1)

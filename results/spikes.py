@@ -2,21 +2,12 @@
 
 import math
 
-import numpy as np
-
-from llmfoundry_wesar.summary import SPIKE_DEVIATIONS, SPIKE_WINDOW
+from llmfoundry_wesar.summary import spike_steps
 from results.evidence import Evidence, Lacking, Series, Verdict, by_role, decide, interval
 
 # Any run may have a spike; none is made for this claim.
 SERIES: tuple[Series, ...] = ()
 STEPS = 50
-
-
-def spike_steps(losses: np.ndarray) -> list[int]:
-    """The steps that `summary.spikes` counts."""
-    before = np.lib.stride_tricks.sliding_window_view(losses[:-1].astype(float), SPIKE_WINDOW)
-    bound = before.mean(axis=1) + SPIKE_DEVIATIONS * before.std(axis=1)
-    return [int(step) for step in SPIKE_WINDOW + np.flatnonzero(losses[SPIKE_WINDOW:] > bound)]
 
 
 def report(evidence: Evidence) -> Verdict:

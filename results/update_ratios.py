@@ -3,19 +3,17 @@
 import numpy as np
 
 from llmfoundry_wesar.plot import COLOURS
-from results.evidence import Evidence, Series, Verdict, by_role, decide
-from results.pictures import band, panels
+from results.evidence import MAIN, MAIN_SEEDS, Evidence, Series, Verdict, by_role, decide
+from results.pictures import over_steps, panels
 
-METHODS = ("small_init", "wesar")
-SEEDS = tuple(range(11, 19))
-SERIES = (Series(METHODS, SEEDS),)
+SERIES = (Series(MAIN, MAIN_SEEDS),)
 FIRST = 0.1
 
 
 def _ratios(evidence: Evidence, method: str) -> dict[int, dict[str, tuple[np.ndarray, np.ndarray]]]:
     """Seed → role → steps with an update, and the median over blocks of the update ratio."""
     found = {}
-    for seed, row in evidence.find(method, SEEDS).items():
+    for seed, row in evidence.find(method, MAIN_SEEDS).items():
         roles = by_role(evidence.curves(row), "update_ratio")
         # The learning rate of the first step is 0.
         found[seed] = {role: (steps[1:], np.median(values, axis=0)[1:]) for role, (steps, values) in roles.items()}
@@ -24,8 +22,8 @@ def _ratios(evidence: Evidence, method: str) -> dict[int, dict[str, tuple[np.nda
 
 def report(evidence: Evidence) -> Verdict:
     """Judges the claim by its rule."""
-    ratios = {method: _ratios(evidence, method) for method in METHODS}
-    highest, spread, without_embedding = ({method: [] for method in METHODS} for _ in range(3))
+    ratios = {method: _ratios(evidence, method) for method in MAIN}
+    highest, spread, without_embedding = ({method: [] for method in MAIN} for _ in range(3))
     for method, seeds in ratios.items():
         for roles in seeds.values():
             early = {role: values[steps < FIRST * steps[-1]].mean() for role, (steps, values) in roles.items()}
@@ -39,11 +37,11 @@ def report(evidence: Evidence) -> Verdict:
     ]
     wesar = [r <= 2 for r in spread["wesar"]]
     picture, axes = panels(2, sharey=True)
-    for axis, method in zip(axes, METHODS, strict=True):
+    for axis, method in zip(axes, MAIN, strict=True):
         axis.set_title(method)
         axis.set_yscale("log")
         for colour, role in zip(COLOURS, next(iter(ratios[method].values())), strict=False):
-            band(axis, [roles[role] for roles in ratios[method].values()], colour, f"${role[0]}_{role[2]}$")
+            over_steps(axis, [roles[role] for roles in ratios[method].values()], colour, f"${role[0]}_{role[2]}$")
     axes[0].set_ylabel(r"update ratio $\|\Delta W\| / \|W\|$, median over blocks")
     axes[1].legend(ncols=4, loc="lower left", frameon=False, handlelength=1, columnspacing=1)
 
