@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from llmfoundry_wesar.scalars import Scalars
 from llmfoundry_wesar.summary import COLUMNS, read_rows, spike_steps, table
-from results import learning_rates, norms, relative_step, seeds, spikes, update_ratios
+from results import learning_rates, methods, norms, relative_step, seeds, spikes, update_ratios
 from results.__main__ import CLAIMS, app
 from results.evidence import FOLDER, MAIN_SEEDS, SEEDS, Evidence, Lacking, Series, keep, paired, run
 
@@ -119,6 +119,32 @@ def test_norms_are_judged_by_growth_and_by_what_the_gate_carries(tmp_path: Path,
     verdict = norms.report(Evidence(tmp_path))
     assert verdict.status == status
     assert verdict.table[1][3].startswith("0.844")  # 1 − 0.004 · 39
+
+
+@pytest.mark.parametrize(
+    ("slopes", "status"),
+    # What doubling the rate adds to the loss of WeSaR and of the others, in tenths of a nat.
+    [((1, 1), "confirmed"), ((1, -1), "confirmed"), ((1, -4), "not confirmed"), ((1, -2.5), "not decided")],
+)
+def test_methods_are_judged_at_one_rate_and_at_the_best_of_each(
+    tmp_path: Path, slopes: tuple[float, float], status: str
+):
+    rng = np.random.default_rng(0)
+    for seed in SEEDS:
+        for method in methods.METHODS:
+            start, slope = (5.0, slopes[0]) if method == "wesar" else (5.4, slopes[1])
+            for rate in ("1e-3", *methods.HIGHER, *(methods.LOWER if slope > 0 else ())):
+                held_out = start + 0.1 * slope * math.log2(float(rate) / 1e-3) + 0.01 * rng.random()
+                variation = "" if rate == "1e-3" else f"optimizer.lr={rate}"
+                add(tmp_path, method, seed, held_out, scalars(lambda step: 8.0), variation)
+    evidence = Evidence(tmp_path)
+    assert methods.best_rate(evidence, "wesar")[0] == 5e-4
+    assert methods.best_rate(evidence, "he_init")[0] == (5e-4 if slopes[1] > 0 else 4e-3)
+    verdict = methods.report(evidence)
+    assert verdict.status == status
+    # 5.4 + 0.2·slope at 4e-3 or 5.3 at 5e-4, less the 4.9 of WeSaR, give or take the noise of 0.01.
+    left = 0.4 if slopes[1] > 0 else 0.5 + 0.2 * slopes[1]
+    assert abs(float(verdict.table[1][6].split()[0]) - left) < 0.011
 
 
 @pytest.mark.parametrize(("factor", "status"), [(10, "confirmed"), (0.1, "not confirmed"), (1, "not decided")])
