@@ -122,7 +122,7 @@ def run(series: Iterable[Series], minutes: float, work: Path, folder: Path, over
         overrides: `key=value` for all runs, as for the trainer.
 
     Returns:
-        How many runs are left.
+        How many runs are left, those that failed among them.
     """
     end, longest, left = time.monotonic() + 60 * minutes, 0.0, 0
     for group in series:
@@ -135,8 +135,11 @@ def run(series: Iterable[Series], minutes: float, work: Path, folder: Path, over
             if not done and start + longest >= end:
                 left += 1
                 continue
+            finished = False
             for row in run_series([each], work):
-                keep(row, read_scalars(work / "tensorboard" / each.name), folder)
+                finished = row["status"] == "finished"
+                keep(row, read_scalars(work / "tensorboard" / each.name) if finished else {}, folder)
+            left += not finished
             longest = max(longest, time.monotonic() - start)
     return left
 

@@ -68,6 +68,9 @@ def test_a_run_is_done_once_kept_whole_and_not_started_without_time(tmp_path: Pa
         assert len(losses) == 3 and math.isclose(losses.mean(), float(row["final_loss"]), rel_tol=1e-4)
     assert run(series, 0, work, folder, tiny) == 0
     assert (folder / "runs.csv").read_bytes() == before
+    # A trainer that ends with an error leaves a line as well, and the run to be done.
+    assert run([Series(("wesar",), (2,))], 5, work, folder, [*tiny, f"load_path={tmp_path / 'nowhere.pt'}"]) == 1
+    assert [row["status"] for row in read_rows(folder / "runs.csv")] == ["finished", "finished", "failed"]
 
 
 def test_intervals_are_those_of_the_t_test():
