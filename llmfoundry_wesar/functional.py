@@ -4,6 +4,7 @@ Shapes: O rows of a matrix (out_features, or the vocabulary), I columns (in_feat
 "..." any leading batch dimensions. A gate is (1,), (O,) or (I,); `broadcast_gate` says which by name.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -129,6 +130,12 @@ def weight_norm(weight: Tensor, gain: Tensor) -> Tensor:
     return torch._weight_norm(weight, gain.unsqueeze(-1), 0)  # type: ignore[reportPrivateImportUsage]
 
 
+def _without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """No lower precision than the tensors'; autocast knows no meta device, where models are built."""
+    device = tensor.device.type
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+
+
 @torch.no_grad()
 def power_iteration(weight: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     r"""One step of the power method towards the first singular vectors (Miyato et al. 2018, algorithm 1).
@@ -138,14 +145,16 @@ def power_iteration(weight: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor
     Args:
         weight: (O, I).
         left: u, (O,), of unit length.
-        right: v, (I,), replaced at once; it sets the dtype of the arithmetic.
+        right: v, (I,), replaced at once; as its dtype is, so is the arithmetic, but never below float32.
 
     Returns:
         The new u and v.
     """
-    weight = weight.to(right.dtype)
-    right = F.normalize(weight.T @ left, dim=0)
-    return F.normalize(weight @ right, dim=0), right
+    dtype = torch.promote_types(right.dtype, torch.float32)
+    with _without_autocast(weight):
+        weight = weight.to(dtype)
+        right = F.normalize(weight.T @ left.to(dtype), dim=0)
+        return F.normalize(weight @ right, dim=0), right
 
 
 def sigma_reparam(
@@ -166,6 +175,11 @@ def sigma_reparam(
     Returns:
         (O, I).
     """
-    with torch.set_grad_enabled(differentiable_norm and torch.is_grad_enabled()):
-        spectral_norm = left @ (weight.to(left.dtype) @ right)
+    dtype = torch.promote_types(left.dtype, torch.float32)
+    with (
+        torch.set_grad_enabled(differentiable_norm and torch.is_grad_enabled()),
+        # In bfloat16 the norm would stand still for steps, and then jump by 2⁻⁸ with every virtual weight.
+        _without_autocast(weight),
+    ):
+        spectral_norm = left.to(dtype) @ (weight.to(dtype) @ right.to(dtype))
     return weight * (gate / spectral_norm).to(weight.dtype)

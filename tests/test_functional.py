@@ -221,3 +221,17 @@ def test_sigma_reparam_gradient_is_the_one_that_is_asked_for(differentiable):
         expected = expected - gate / s[0] ** 2 * (cotangent * weight).sum() * torch.outer(u[:, 0], vh[0])
     torch.testing.assert_close(grad_weight, expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(grad_gate, (cotangent * weight).sum().view(1) / s[0], rtol=1e-10, atol=1e-12)
+
+
+def test_sigma_reparam_computes_the_norm_in_float32_under_autocast():
+    """To the bit: rounded to bfloat16 the norm would stand still for steps, and then jump by 0.4%."""
+    weight, gate = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)), torch.ones(1)
+    vectors = torch.full((64,), 64**-0.5), torch.full((32,), 32**-0.5)
+    expected = functional.power_iteration(weight, *vectors)
+    scaled = functional.sigma_reparam(weight, gate, *expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = functional.power_iteration(weight, *vectors)
+        assert torch.equal(functional.sigma_reparam(weight, gate, *expected), scaled)
+        low = [v.bfloat16() for v in vectors]
+        assert [v.dtype for v in functional.power_iteration(weight.bfloat16(), *low)] == [torch.float32] * 2
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
