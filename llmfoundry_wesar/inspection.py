@@ -1,6 +1,7 @@
 """What a config would train, worked out without allocating a weight: `llmfoundry-wesar inspect`."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 from llmfoundry_wesar.initialization import Role, backbone_std
 from llmfoundry_wesar.layers import Reparameterized, ScaledEmbedding
 from llmfoundry_wesar.methods import expand
-from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM
+from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM, check_keys
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,16 @@ def inspect_config(config: dict[str, Any]) -> Inspection:
     Raises:
         ValueError: If the model or its init function is none whose scales are known, or the config is wrong.
     """
+    for section, key in (("model", "name"), ("optimizer", "lr")):
+        if not isinstance(config.get(section), Mapping) or key not in config[section]:
+            raise ValueError(f"{section}.{key} is missing: inspect takes a training YAML, as the trainer does.")
     model_config = {**config["model"], "init_device": "meta"}
     name = model_config.pop("name")
     if name != "wesar_mpt_causal_lm":
         raise ValueError(f"model.name: {name!r} has no roles to inspect; use wesar_mpt_causal_lm.")
     for key in ("loss_fn", "use_train_metrics", "additional_train_metrics", "master_weights_dtype"):
         model_config.pop(key, None)
+    check_keys(model_config)
     hf_config = WeSaRMPTConfig(**model_config)
     if hf_config.init_config["name"] not in ("wesar_", "he_init_", "small_init_"):
         raise ValueError(

@@ -1,8 +1,11 @@
 """`wesar_mpt_causal_lm`: foundry's MPT with what the compared methods need, and everything else stock."""
 
+import difflib
 import functools
+import inspect
 import math
-from collections.abc import Mapping, MutableMapping
+from collections import OrderedDict
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ from llmfoundry.models.layers.layer_builders import build_norm
 from llmfoundry.models.mpt.configuration_mpt import MPTConfig
 from llmfoundry.models.mpt.modeling_mpt import ComposerMPTCausalLM, MPTForCausalLM, MPTModel
 from torch import Tensor, nn
+from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -102,6 +106,18 @@ class WeSaRMPTConfig(MPTConfig):
             "set model.init_config.emb_init_std, or use small_init_, he_init_ or wesar_."
         )
 
+    def _check_fc_options(self) -> None:
+        """Refuse an option of `fc_type` that its class lacks; of classes that are not ours nothing is known."""
+        if self.fc_class in EMBEDDINGS:
+            stock, own = (inspect.signature(c).parameters.values() for c in (nn.Linear, self.fc_class))
+            known = {p.name for p in own if p.kind is not p.VAR_POSITIONAL and p.kind is not p.VAR_KEYWORD}
+            known -= {p.name for p in stock}
+            for key in self.fc_type.keys() - known - {"name", "bias", "device"}:
+                raise ValueError(
+                    f"model.fc_type.{key}: {self.fc_type[key]!r} is no option of {self.fc_type['name']}, which has "
+                    f"{', '.join(sorted(known)) or 'none'}; remove it."
+                )
+
     def _validate_config(self) -> None:
         super()._validate_config()
         if not isinstance(self.z_loss, int | float) or self.z_loss < 0:
@@ -116,6 +132,7 @@ class WeSaRMPTConfig(MPTConfig):
             raise ValueError(
                 f"model.fc_type.name: {self.fc_type['name']!r} is not one of {', '.join(sorted(fcs.get_all()))}."
             )
+        self._check_fc_options()
         if self.fused_loss:
             for key in ("tie_word_embeddings", "logit_scale", "final_logit_softcapping"):
                 if getattr(self, key):
@@ -159,6 +176,24 @@ class WeSaRMPTConfig(MPTConfig):
             raise ValueError(
                 f"model.learned_pos_emb: true has no σ_• under {init}; the paper has RoPE: "
                 "set `learned_pos_emb: false`, `attn_config: {rope: true, rope_impl: hf}`."
+            )
+
+
+def check_keys(model: Mapping[str, Any]) -> None:
+    """Refuse a key of a YAML's `model` section that nothing would read; a config keeps it without a word.
+
+    Raises:
+        ValueError: If neither foundry's model, nor its config or that one's base, nor `WeSaRMPTConfig` have it.
+    """
+    classes = (ComposerMPTCausalLM, MPTConfig, WeSaRMPTConfig)
+    own = {key for found in classes for key in inspect.signature(found).parameters}
+    known = own | vars(PretrainedConfig()).keys()
+    for key, value in model.items():
+        if key not in known:
+            close = difflib.get_close_matches(key, own)
+            raise ValueError(
+                f"model.{key}: {value!r} is of no use, since wesar_mpt_causal_lm has no such key; "
+                + (f"did you mean {close[0]}?" if close else "remove it.")
             )
 
 
@@ -279,7 +314,8 @@ class ComposerWeSaRMPTCausalLM(ComposerMPTCausalLM):
         **kwargs: `use_train_metrics`, `additional_train_metrics`, and the keys of the config.
 
     Raises:
-        ValueError: If the tokenizer has more tokens than the embedding has rows, or `loss_fn` has no z-loss.
+        ValueError: If a key is unknown, the tokenizer has more tokens than the embedding has rows, or `loss_fn` has no
+            z-loss.
     """
 
     def __init__(
@@ -294,6 +330,7 @@ class ComposerWeSaRMPTCausalLM(ComposerMPTCausalLM):
                 f"model.vocab_size: {vocab_size} is smaller than the tokenizer's {len(tokenizer)} tokens: set it to "
                 f"{len(tokenizer)} or more, or train a smaller tokenizer."
             )
+        check_keys(kwargs)
         if kwargs.get("z_loss") and loss_fn != "torch_crossentropy":
             raise ValueError(f"model.loss_fn: {loss_fn} has no z-loss; set model.loss_fn: torch_crossentropy.")
         if kwargs.get("fused_loss") and kwargs.get("use_train_metrics", True):

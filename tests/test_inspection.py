@@ -79,6 +79,10 @@ def test_the_command(tmp_path):
         (["yamls/130m.yaml", "variables.method=wezar"], "variables.method: 'wezar'"),
         (["yamls/130m.yaml", "model.name=mpt_causal_lm"], "model.name: 'mpt_causal_lm'"),
         (["yamls/130m.yaml", "model.init_config.sigma=0"], "sigma: 0 is not a positive number"),
+        (["yamls/130m.yaml", "model.zloss=0"], "model.zloss: 0 is of no use"),
+        (["yamls/130m.yaml", "model.attn_config.rope_impl=dail"], "flash_attn"),
+        (["yamls/130m.yaml", "optimizer=null"], "optimizer.lr is missing"),
+        (["pyproject.toml"], "pyproject.toml"),
     ],
 )
 def test_a_wrong_config_is_one_line(arguments, message):

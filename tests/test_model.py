@@ -219,6 +219,13 @@ def test_counts_of_parameters_and_flops_are_foundrys():
         ({"ffn_config": {"ffn_type": "torch_dmoe"}}, "ffn_config.ffn_type: torch_dmoe.*mptmlp or mptglu"),
         ({"attn_config": {"rope": False}, "learned_pos_emb": True}, "learned_pos_emb: true.*rope: true"),
         ({"init_config": {"sigma": 0.0}}, "init_config.sigma: 0.0 is not a positive number"),
+        ({"zloss": 1e-4}, r"zloss: 0\.0001 is of no use.*did you mean z_loss\?"),
+        ({"colour": "red"}, "colour: 'red' is of no use.*remove it"),
+        ({"fc_type": {"trainabel": False}}, "fc_type.trainabel: False is no option of wesar, .* gate_shape, trainable"),
+        (
+            {"fc_type": {"name": "weight_norm", "gate_shape": "row"}},
+            "fc_type.gate_shape: 'row' is no option of .* has none",
+        ),
     ],
 )
 def test_wrong_options_are_refused_by_key(overrides, message):
