@@ -83,12 +83,14 @@ def _matrix(module: nn.Linear | nn.Embedding, role: Role, config: Any, lr: float
     divisor = init["init_div_is_residual"]
     divisor = 1.0 if divisor is False else math.sqrt(2 * config.n_layers) if divisor is True else float(divisor)
     backbone = init.get("backbone", "small" if init["name"] == "small_init_" else "he")
-    wanted = backbone_std(role, backbone, columns, config.d_model, divisor)
-    std, gate = wanted, None
+    embedding = isinstance(module, nn.Embedding)
     if isinstance(module, Reparameterized):
         std = init["sigma"]
-        wanted = 1.0 if role.name == "W_e" else wanted
+        wanted = 1.0 if embedding else backbone_std(role, backbone, columns, config.d_model, divisor)
         gate, wanted = module.expected_start((rows, columns), std, wanted, init.get("gain_init", "method"))
+    else:
+        std = config.embedding_std if embedding else backbone_std(role, backbone, columns, config.d_model, divisor)
+        gate, wanted = None, std
     scale = module.scale if isinstance(module, ScaledEmbedding) else 1.0
     return Matrix(role.name, (rows, columns), 1, type(module).__name__, wanted * scale, std, gate, lr / std)
 

@@ -98,6 +98,9 @@ class WeSaRMPTConfig(MPTConfig):
             return fc_class.expected_start(shape, init["sigma"], 1.0, init.get("gain_init", "method"))[1]
         if init.get("emb_init_std"):
             return init["emb_init_std"]
+        if (limit := init.get("emb_init_uniform_lim")) is not None:
+            low, high = limit if isinstance(limit, Sequence) else (-limit, limit)
+            return (high - low) / math.sqrt(12)
         if init["name"] in ("small_init_", "he_init_"):
             backbone = "small" if init["name"] == "small_init_" else "he"
             return backbone_std(ROLES["wte"], backbone, self.d_model, self.d_model, 1.0)

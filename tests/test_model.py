@@ -233,6 +233,14 @@ def test_wrong_options_are_refused_by_key(overrides, message):
         build("wesar", **overrides)
 
 
+def test_embedding_scaling_follows_the_embeddings_own_init():
+    """σ_e of foundry's keys, as it is drawn: the stream starts with unit variance."""
+    for keys in ({"emb_init_std": 0.5}, {"emb_init_uniform_lim": 0.1}, {"emb_init_uniform_lim": [-0.3, 0.3]}):
+        wte = build(None, embedding_scaling=True, init_config={"name": "small_init_", **keys}).model.transformer.wte
+        # 3,104 draws: one standard error of the standard deviation is 1.3% of it.
+        assert wte(torch.arange(97)).std().item() == pytest.approx(1, rel=0.06)
+
+
 def test_embedding_scaling_needs_a_known_scale():
     with pytest.raises(ValueError, match=r"embedding_scaling: true needs σ_e, and .* kaiming_normal_"):
         build(None, embedding_scaling=True)
