@@ -26,12 +26,12 @@ class Role:
     Attributes:
         name: The paper's name of the matrix (section 2).
         residual: Whether its output is added to the residual stream, so that σ_• is divided by √2N.
-        gain: He's gain for the activation in front of it.
+        activation: What is in front of it, for He's gain.
     """
 
     name: str
     residual: bool = False
-    gain: float = 1.0
+    activation: str = "linear"
 
 
 # By the last part of the module's path in MPT.
@@ -50,7 +50,7 @@ ROLES = {
 
 
 def activation_gain(activation: str) -> float:
-    """He's gain of an activation function, 1/√E[f(z)²] for z ~ N(0, 1) as torch tabulates it.
+    """He's gain of an activation function, as `torch.nn.init.calculate_gain` has it: 1/√E[f(z)²] = √2 for the ReLU.
 
     The smooth relatives of the ReLU get its √2, as in the paper (Table 1, footnote 2). A GLU multiplies the activation
     by an independent factor of unit variance, which leaves the gain as it is.
@@ -83,7 +83,7 @@ def assign_roles(module: nn.Module, activation: str = "gelu") -> None:
         role = ROLES.get(name.rpartition(".")[2])
         if role is not None and isinstance(child, nn.Linear | nn.Embedding):
             if role.name == "W_d":
-                role = replace(role, gain=activation_gain(activation))
+                role = replace(role, activation=activation)
             child.role = role  # type: ignore[assignment]
 
 
@@ -99,8 +99,11 @@ def backbone_std(role: Role, backbone: Backbone, fan_in: int, d_model: int, div_
         fan_in: d_in, columns of the matrix.
         d_model: d, the model's width.
         div_is_residual: √2N in the paper.
+
+    Raises:
+        ValueError: If no gain is known for He.
     """
-    std = role.gain / math.sqrt(fan_in) if backbone == "he" else math.sqrt(2 / (5 * d_model))
+    std = activation_gain(role.activation) / math.sqrt(fan_in) if backbone == "he" else math.sqrt(2 / (5 * d_model))
     return std / div_is_residual if role.residual else std
 
 

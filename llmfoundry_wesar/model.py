@@ -169,7 +169,8 @@ class WeSaRMPTConfig(MPTConfig):
         if init not in _ROLE_INITS:
             return
         check_init_config(**self.init_config)
-        activation_gain(self.activation)
+        if self.init_config.get("backbone", "he") == "he":
+            activation_gain(self.activation)
         if self.ffn_config["ffn_type"] not in ("mptmlp", "mptglu"):
             raise ValueError(
                 f"model.ffn_config.ffn_type: {self.ffn_config['ffn_type']} has matrices that {init} does not know; "

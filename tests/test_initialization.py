@@ -97,6 +97,14 @@ def test_activation_gain_is_one_over_the_root_mean_square_for_the_relu():
         activation_gain("celu")
 
 
+def test_only_he_needs_a_gain():
+    celu = {"ffn_config": {"ffn_act_fn": {"name": "celu"}}}
+    build("wesar_small", **celu)
+    build("small_init", **celu)
+    with pytest.raises(ValueError, match="no He gain is known for 'celu'"):
+        build("wesar", **celu)
+
+
 def test_backbone_std_of_the_paper_sizes():
     """Spot checks by hand at 1.3B: √(1/2048), √(2/(8·24·2048)), √(2/(10·24·2048))."""
     arguments = {"d_model": 2048, "div_is_residual": math.sqrt(48)}
