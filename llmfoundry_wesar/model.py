@@ -260,7 +260,8 @@ class WeSaRMPTModel(MPTModel):
         )
         if config.embedding_norm:
             norm = build_norm(config.norm_type.lower(), config.d_model, config.norm_eps, config.init_device)
-            self.emb_drop = nn.Sequential(norm, self.emb_drop)
+            # The name keeps it out of weight decay, as other norms: `optimizer.param_groups` of the settings.
+            self.emb_drop = nn.Sequential(OrderedDict(norm=norm, dropout=self.emb_drop))
         blocks = super().construct_blocks(config)
         if config.residual_scaling:
             scale = 1 / math.sqrt(2 * config.n_layers)

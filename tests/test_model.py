@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from llmfoundry_wesar.layers import Gated, Reparameterized
-from llmfoundry_wesar.methods import names
+from llmfoundry_wesar.methods import load, names
 from llmfoundry_wesar.model import ComposerWeSaRMPTCausalLM
 from tests.tiny import batch, build, model_config
 
@@ -51,11 +51,10 @@ def test_fixed_gates_are_no_parameters():
     assert not any(id(m.gate) in trained for m in model.modules() if isinstance(m, Gated))
 
 
-def test_weight_decay_spares_gates_and_norms_but_no_matrix():
-    """The settings' param group, on a model that has a `gate_proj` too."""
-    from llmfoundry_wesar.methods import load
-
-    model = build("wesar", ffn_config={"ffn_type": "mptglu"})
+@pytest.mark.parametrize("method", ["wesar", "embedding_norm"])
+def test_weight_decay_spares_gates_and_norms_but_no_matrix(method):
+    """The settings' param group, on a model that has a `gate_proj` too, and on one with a norm on its embedding."""
+    model = build(method, ffn_config={"ffn_type": "mptglu"})
     groups = load("setting", "rapid").optimizer.param_groups
     optimizer = build_optimizer(
         model, "adamw", {"lr": 1e-3, "weight_decay": 0.01, "param_groups": [dict(g) for g in groups]}
@@ -65,6 +64,7 @@ def test_weight_decay_spares_gates_and_norms_but_no_matrix():
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
     assert all(n.endswith(".weight") and "norm" not in n for n in decayed)
     assert all(n.endswith(".gate") or "norm" in n for n in spared)
+    assert len(spared) == (5 + 16 if method == "wesar" else 6)
     assert len(decayed) == 16
 
 
