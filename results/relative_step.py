@@ -78,7 +78,10 @@ def report(evidence: Evidence) -> Verdict:
                 str(share),
             ]
         )
-        sentences.append(f"{method}: {share} of the lead goes at {rate:g}, and {left} nats are left (n = {share.n}).")
+        sentences.append(
+            f"{method}: {share} of the lead goes at {rate:g}, where its median update ratio is {quotient} of WeSaR's,"
+            f" and {left} nats are left (n = {share.n})."
+        )
         statuses.append(left)
     picture, (axis,) = panels(1, height=2.4)
     dots(

@@ -2,7 +2,7 @@
 
 import math
 
-from llmfoundry_wesar.summary import spike_steps
+from llmfoundry_wesar.summary import SPIKE_WINDOW, spike_steps
 from results.evidence import Evidence, Lacking, Series, Verdict, by_role, decide, interval
 
 # Any run may have a spike; none is made for this claim.
@@ -22,8 +22,13 @@ def report(evidence: Evidence) -> Verdict:
             after = values[:, (steps > first) & (steps <= first + STEPS)].mean()
             before = values[:, (steps < first) & (steps >= first - STEPS)].mean()
             found.append(math.log(after / before))
+    jumped = sum(float(row["largest_jump"] or 0) > 1 for row in evidence.rows)
+    counted = (
+        f"{len(runs)} of {len(evidence.rows)} runs had a spike by the rule of `summary.spikes`, which judges no step"
+        f" before the {SPIKE_WINDOW}th; {jumped} jumped by more than 1 nat"
+    )
     if len(runs) < 2:
-        raise Lacking(f"{len(runs)} of {len(evidence.rows)} runs had a spike by the rule of `summary.spikes`")
+        raise Lacking(counted)
     ratio, norm = interval(changes["update_ratio"]), interval(changes["grad_norm"])
     close = math.log(1.25)
     return Verdict(
@@ -31,6 +36,6 @@ def report(evidence: Evidence) -> Verdict:
             ratio.high < math.log(0.8) and -close < norm.low and norm.high < close,
             ratio.low > math.log(0.8) and (norm.low > close or norm.high < -close),
         ),
-        f"{len(runs)} of {len(evidence.rows)} runs had a spike by the rule of `summary.spikes`. Log of the mean of W_d "
-        f"over {STEPS} steps after ÷ before the first one: update ratio {ratio}, gradient norm {norm}.",
+        f"{counted}. Log of the mean of W_d over {STEPS} steps after ÷ before the first spike: update ratio {ratio},"
+        f" gradient norm {norm}.",
     )
