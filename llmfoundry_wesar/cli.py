@@ -71,14 +71,15 @@ def plot(
     x: Annotated[str, Option(help="step or tokens.")] = "step",
     csv: Annotated[str | None, Option(help="Write the values shown to this file too; it can be a RUN later.")] = None,
     table: Annotated[
-        bool, Option("--table", help="Print each run's final loss, and how much faster W_d moves than W_u.")
+        bool,
+        Option("--table", help="Print each run's final and held-out loss, and how much faster W_d moves than W_u."),
     ] = False,
 ) -> None:
     """Draw the paper's figures from the logs of runs."""
     from llmfoundry_wesar import plot as plotting
 
     with one_line_errors():
-        drawn = plotting.plot(runs, out, figure, layer, label or (), smooth, x, csv)
+        drawn = plotting.plot(runs, out, figure, layer, label or (), smooth, x, csv, table)
         if table:
             echo(plotting.table(drawn))
 

@@ -323,6 +323,7 @@ def plot(
     smooth: int = 1,
     x: str = "step",
     csv: str | Path | None = None,
+    tabled: bool = False,
 ) -> dict[str, Scalars]:
     """Reads runs and writes the picture of a figure.
 
@@ -335,6 +336,7 @@ def plot(
         smooth: As in `draw`.
         x: As in `draw`.
         csv: A file for the logged values of the curves that the picture shows; it serves as one of `paths`.
+        tabled: Whether that file also gets what `table` sums up.
 
     Returns:
         Name → all metrics.
@@ -350,25 +352,41 @@ def plot(
     runs = load_runs(paths, labels)
     picture = draw(figure, runs, layer, smooth, x)
     if csv is not None:
-        write_csv(csv, shown(figure, runs, layer, x))
+        part = shown(figure, runs, layer, x)
+        write_csv(csv, {run: part[run] | (_summed_up(runs[run]) if tabled else {}) for run in runs})
     with replacing(out) as partial:
         picture.savefig(partial, dpi=200)
     return runs
 
 
+def _held_out(scalars: Scalars) -> list[str]:
+    return [key for key in scalars if key.startswith("metrics/eval/") and key.endswith("LanguageCrossEntropy")]
+
+
+def _summed_up(scalars: Scalars) -> Scalars:
+    """The metrics that `table` reads."""
+    curves = [curve for family in ("loss", "update_ratio") for curve in find_curves("", scalars, family)]
+    kept = [curve.metric for curve in curves if curve.role in ("", "W_d", "W_u")]
+    return {metric: scalars[metric] for metric in [*kept, *_held_out(scalars)]}
+
+
 def table(runs: Mapping[str, Scalars]) -> str:
-    """A Markdown table of each run's final loss, the mean of the last 10 logged, and `median_update_ratio_quotient`.
+    """A Markdown table of what runs came to.
+
+    Final loss: the mean of the last 10 logged. Held-out loss: the last of the first evaluation set, if there is any.
+    The quotient: `median_update_ratio_quotient`.
 
     Raises:
         ValueError: A run has no loss or no update ratios of W_d and W_u.
     """
     title, width = "median ‖ΔW_d‖/‖W_d‖ ÷ ‖ΔW_u‖/‖W_u‖", max(map(len, ["run", *runs]))
-    lines = [f"| {'run':{width}} | final loss | {title} |", f"|{'-' * (width + 2)}|-----------:|{'-' * len(title)}-:|"]
+    lines = [f"| {'run':{width}} | final loss | held-out loss | {title} |"]
+    lines.append(f"|{'-' * (width + 2)}|-----------:|--------------:|{'-' * len(title)}-:|")
     for curve in select("1", runs):
         if curve.family == "loss":
             _, losses = runs[curve.run][curve.metric]
             quotient = median_update_ratio_quotient(runs[curve.run])
-            lines.append(
-                f"| {curve.run:{width}} | {losses[-10:].mean(dtype=float):10.3f} | {quotient:{len(title)}.2f} |"
-            )
+            held_out = [f"{runs[curve.run][key][1][-1]:.3f}" for key in _held_out(runs[curve.run])[:1]]
+            cells = [f"{losses[-10:].mean(dtype=float):10.3f}", f"{(held_out or ['–'])[0]:>13}"]
+            lines.append(f"| {curve.run:{width}} | {' | '.join(cells)} | {quotient:{len(title)}.2f} |")
     return "\n".join(lines)

@@ -43,6 +43,8 @@ def pretraining(
         metrics = {"loss/train/total": loss, "time/token": float(step * TOKENS_PER_STEP), "time/batch": float(step)}
         if gated:
             metrics |= {"loss/train/loss": loss - 0.5, "loss/train/z_loss": 0.5}
+            if step % interval == 0:
+                metrics["metrics/eval/LanguageCrossEntropy"] = loss - 0.4
         if step % interval == 0:
             modules = [
                 (f"model.transformer.blocks.{block}.{matrix}", 1 + block / 7 + place / 61)

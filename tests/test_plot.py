@@ -305,11 +305,14 @@ def test_command_passes_its_options_on(log_dir: Path, logged: Logged, tmp_path: 
     assert command.read_bytes() == (tmp_path / "again.png").read_bytes()
 
 
-def test_table_has_the_last_ten_losses_and_the_quotient(log_dir: Path, logged: Logged, tmp_path: Path):
+def test_table_has_the_losses_and_the_quotient_from_logs_and_from_its_csv(
+    log_dir: Path, logged: Logged, tmp_path: Path
+):
     """In these logs W_d's ratio is (1 + block/7 + 5/61), under small_init 4 times that, W_u's (1 + block/7 + 4/61)."""
-    command = ["plot", str(log_dir), "--out", str(tmp_path / "figure.png"), "--table"]
-    result = CliRunner().invoke(app, command)
+    options = ["--out", str(tmp_path / "figure.png"), "--table"]
+    result = CliRunner().invoke(app, ["plot", str(log_dir), *options, "--csv", str(tmp_path / "kept.csv")])
     assert result.exit_code == 0, result.output
+    assert CliRunner().invoke(app, ["plot", str(tmp_path / "kept.csv"), *options]).output == result.output
     _, _, small, wesar = (
         [cell.strip() for cell in line.split("|")[1:-1]] for line in result.output.strip().splitlines()
     )
@@ -318,7 +321,9 @@ def test_table_has_the_last_ten_losses_and_the_quotient(log_dir: Path, logged: L
         (wesar, "wesar", "loss/train/loss", (9 / 7 + 5 / 61) / (9 / 7 + 4 / 61)),
     ):
         final = np.mean(list(logged[run][metric].values())[-10:])
-        assert row == [run, f"{final:.3f}", f"{quotient:.2f}"]
+        # The plain run was not evaluated.
+        held_out = [f"{loss:.3f}" for loss in logged[run].get("metrics/eval/LanguageCrossEntropy", {}).values()]
+        assert row == [run, f"{final:.3f}", (held_out or ["–"])[-1], f"{quotient:.2f}"]
     without = {"run": {"loss/train/total": (np.array([0]), np.float32([1]))}}
     with pytest.raises(ValueError, match="run 'run' has no update_ratio metrics of W_d and W_u"):
         table(without)

@@ -10,7 +10,8 @@ import pytest
 from scipy import stats
 from typer.testing import CliRunner
 
-from llmfoundry_wesar.scalars import Scalars
+from llmfoundry_wesar.plot import table as quickstart_table
+from llmfoundry_wesar.scalars import Scalars, load_runs
 from llmfoundry_wesar.summary import COLUMNS, read_rows, spike_steps, table
 from results import learning_rates, methods, norms, relative_step, seeds, spikes, update_ratios
 from results.__main__ import CLAIMS, app
@@ -228,6 +229,11 @@ def test_what_is_published_follows_from_what_is_kept(tmp_path: Path):
     quoted = re.findall(r"^> (\([a-g]\) .*)$", readme, re.MULTILINE)
     assert quoted
     assert all(line in text for line in quoted)
+    # The quickstart's table, as `plot --table` prints it.
+    printed = quickstart_table(load_runs([FOLDER / "quickstart.csv"])).splitlines()[2:]
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", readme, re.MULTILINE)
+    expected = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed]
+    assert [[f"quickstart-{method}", *figures] for method, *figures in rows] == expected
     # What compare gave: method, n, and held-out and training loss of each line of the README's table.
     compared = table(read_rows(FOLDER / "quickstart-compare/runs.csv"))
     summed = {line.split(" | ")[0]: line.split(" | ") for line in compared.splitlines()}
