@@ -233,6 +233,10 @@ def test_wrong_options_are_refused_by_key(overrides, message):
         build("wesar", **overrides)
 
 
+def test_keys_that_foundry_reads_without_declaring_them_pass():
+    assert hasattr(build(fuse_norm_attn_norm=True, torch_dtype="float32").model.transformer.blocks[0], "norm_attn_norm")
+
+
 def test_embedding_scaling_follows_the_embeddings_own_init():
     """σ_e of foundry's keys, as it is drawn: the stream starts with unit variance."""
     for keys in ({"emb_init_std": 0.5}, {"emb_init_uniform_lim": 0.1}, {"emb_init_uniform_lim": [-0.3, 0.3]}):
