@@ -158,6 +158,7 @@ def from_llama(llama: dict[str, Any], weights: Weights) -> tuple[dict[str, Any],
     rope = llama.get("rope_parameters") or llama.get("rope_scaling") or {}
     for key, value, admissible in (
         ("rope_type", rope.get("rope_type", "default"), ("default",)),
+        ("rope_scaling.type", rope.get("type", "default"), ("default",)),  # its name before transformers 4.43
         ("hidden_act", config.hidden_act, _ACTIVATIONS),
         ("mlp_bias", config.mlp_bias, (config.attention_bias,)),
         ("quantization_config", llama.get("quantization_config"), (None,)),
@@ -196,6 +197,8 @@ def from_llama(llama: dict[str, Any], weights: Weights) -> tuple[dict[str, Any],
         },
         "init_config": {"name": "small_init_"},
     }
+    # Constants that transformers ≤ 4.31 wrote, and that the config tells.
+    weights = {name: weight for name, weight in weights.items() if not name.endswith("rotary_emb.inv_freq")}
     return mpt, _rename(weights, {llama: mpt for mpt, llama in _module_names(config.num_hidden_layers).items()})
 
 
