@@ -32,7 +32,12 @@ from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM
 Weights = dict[str, Tensor]
 
 # The values of config keys with which a model computes what a plain MPT computes, and what a Llama computes.
-_AS_MPT: dict[str, tuple] = {"norm_placement": ("pre",), "embedding_norm": (False,)}
+_AS_MPT: dict[str, tuple] = {
+    "norm_placement": ("pre",),
+    "embedding_norm": (False,),
+    # It gives the attention's matrices other names.
+    "fuse_norm_attn_norm": (None, False),
+}
 _AS_LLAMA: dict[str, tuple] = {
     **_AS_MPT,
     "norm_type": ("rmsnorm", "low_precision_rmsnorm", "triton_rmsnorm"),
@@ -56,7 +61,6 @@ _AS_LLAMA: dict[str, tuple] = {
     "attn_config.kv_dim": (None,),
     "ffn_config.ffn_type": ("mptmlp", "mptglu"),
     "block_overrides": (None,),
-    "fuse_norm_attn_norm": (None, False),
     "final_logit_softcapping": (None,),
 }
 # Activation functions by transformers' names: torch's names, with the options that foundry passes on.
@@ -110,8 +114,9 @@ def _require(config: Any, admissible: dict[str, tuple], target: str) -> None:
         value: Any = tree
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        if value not in values:
-            refused.append(f"model.{key}: {json.dumps(value)}")
+        # Foundry takes the names of norms in any case.
+        if (value.lower() if key == "norm_type" else value) not in values:
+            refused.append(f"model.{key}: {json.dumps(value)} (only {' or '.join(map(json.dumps, values))})")
     if refused:
         raise ValueError(f"{target} cannot express {', '.join(refused)}.")
 

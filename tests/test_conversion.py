@@ -10,8 +10,8 @@ from llmfoundry_wesar.conversion import build_mpt, from_llama, hf_config, merge,
 from llmfoundry_wesar.export import load
 from llmfoundry_wesar.layers import Reparameterized, ScaledEmbedding
 from llmfoundry_wesar.methods import names
-from llmfoundry_wesar.model import WeSaRMPTConfig
-from tests.tiny import build
+from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM
+from tests.tiny import build, model_config
 from tests.trained import EXPRESSIBLE, INEXPRESSIBLE, assert_same_logits, logits
 
 # Merging rounds every entry of every matrix to float32, 6e-8 relative, and kernels may add up in another order:
@@ -94,6 +94,20 @@ def test_what_no_plain_model_has_is_refused_by_name(case, trained):
     small, _ = load(trained["small_init"].folder)
     with pytest.raises(ValueError, match=rf"model\.{INEXPRESSIBLE[case]}: "):
         to_gated(small, case)
+
+
+def test_a_fused_norm_is_refused_by_name():
+    """It puts the matrices of a block under other names, where no multiplier and no Llama would look for them."""
+    config = WeSaRMPTConfig(**model_config("residual_scaling_he"), fuse_norm_attn_norm=True)
+    model = WeSaRMPTForCausalLM(config)
+    for target in (merge, to_hf, lambda model: to_gated(model, "wesar")):
+        with pytest.raises(ValueError, match=r"cannot express model\.fuse_norm_attn_norm: true \(only null or false\)"):
+            target(model)
+
+
+def test_the_name_of_a_norm_may_have_capitals():
+    """Foundry trains with it."""
+    assert hf_config(build(norm_type="RMSNorm").model.config).rms_norm_eps == 1e-5
 
 
 @pytest.mark.parametrize(
