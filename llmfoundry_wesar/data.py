@@ -76,7 +76,8 @@ def prepare(
         sequence_length: Tokens in a sequence.
         vocab_size: Exact size of the byte-level BPE vocabulary that is trained on the first 500 MB of the train
             split; None for 32,000. Only without `tokenizer`.
-        tokenizer: Name or folder of a Hugging Face tokenizer to use instead.
+        tokenizer: Name or folder of a Hugging Face tokenizer to use instead, one that runs no code of its own. If its
+            pad token is its EOS, a line on stderr says what to add to the training YAML.
         max_tokens: Tokens of the train split, rounded up to a whole sequence, after which to stop; None for all.
         val_fraction: Share of the documents to hold out, in [0, 1]; 0 writes no val split, 1 no train split, which
             is for text to evaluate on and needs a `tokenizer`.
@@ -131,6 +132,12 @@ def prepare(
                 (partial / MANIFEST).rename(out / MANIFEST)
             (partial / "tokenizer").rename(out / "tokenizer")
         used = _load_tokenizer(str(out / "tokenizer"))
+        if used.pad_token_id == used.eos_token_id:
+            # transformers' collator, which the `text` loader has, takes every such token for padding.
+            _say(
+                f"warning: the pad token of this tokenizer is its EOS, {used.eos_token}, so that in training no EOS is "
+                "a target and no model learns to end a document; set tokenizer.kwargs.pad_token: null in the YAML"
+            )
         _write_shards(partial, corpus, used, sequence_length, max_tokens, sizes)
         for split in parts:
             if not (out / split).exists():
@@ -188,9 +195,12 @@ def _say(text: str) -> None:
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+        why = f"cannot be loaded: {str(error).splitlines()[0]}"
+        if "trust_remote_code" in why:
+            why = "needs code of its own, which is not run; use one that needs none"
+        raise ValueError(f"tokenizer {name} {why}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {name} has no EOS token to mark the end of a document; use one that has")
     return tokenizer

@@ -67,8 +67,20 @@ def _read_folder(path: Path) -> Checkpoint:
         weights = {name: weight for file in files for name, weight in load_file(file).items()}
     except (json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"{path}: damaged ({error}).") from error
-    tokenizer = AutoTokenizer.from_pretrained(path) if (path / "tokenizer_config.json").is_file() else None
-    return Checkpoint(config, weights, tokenizer)
+    return Checkpoint(config, weights, _read_tokenizer(path))
+
+
+def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
+    file = path / "tokenizer_config.json"
+    if not file.is_file():
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises no other kind
+        why = f"cannot be loaded ({str(error).splitlines()[0]})"
+        if "trust_remote_code" in why:
+            why = "needs code of its own, which is not run"
+        raise ValueError(f"{path}: its tokenizer {why}; replace it, or remove {file.name} to go without.") from error
 
 
 def model_section(config: MPTConfig) -> dict[str, Any]:

@@ -54,15 +54,19 @@ def small_bounds(monkeypatch):
     monkeypatch.setattr(corpus_module, "SHUFFLE_BYTES", 10_000)
 
 
-def load(out, split):
-    """Read the sequences of a split as a training run would: (sequences, sequence_length)."""
+def loader(out, split, tokenizer):
+    """The batches of a split, one sequence each, as a training run reads them."""
     dataset = {"local": str(out), "split": split, "shuffle": False, "max_seq_len": LENGTH}
     config = {"name": "text", "dataset": dataset, "drop_last": False, "num_workers": 0, "pin_memory": False}
     config |= {"prefetch_factor": None, "persistent_workers": False}
+    return build_dataloader(config, tokenizer, device_batch_size=1).dataloader
+
+
+def load(out, split):
+    """Read the sequences of a split: (sequences, sequence_length)."""
     tokenizer = build_tokenizer(str(out / "tokenizer"), {"model_max_length": LENGTH})
     tokenizer.pad_token = tokenizer.eos_token
-    loader = build_dataloader(config, tokenizer, device_batch_size=1).dataloader
-    return np.concatenate([batch["input_ids"].numpy() for batch in loader]), tokenizer
+    return np.concatenate([batch["input_ids"].numpy() for batch in loader(out, split, tokenizer)]), tokenizer
 
 
 def documents(out, split):
@@ -180,6 +184,34 @@ def test_given_tokenizer_keeps_its_own_special_tokens(tmp_path, source):
     with pytest.raises(ValueError, match="vocab_size: 300 does not apply"):
         prepare(tmp_path / "out2", [source], tokenizer=str(tmp_path / "framed"), **OPTIONS)
     assert not (tmp_path / "out2").exists()
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused(tmp_path, source, monkeypatch):
+    """Without being run, also on a terminal where whoever is asked says yes."""
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    maps = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (own / "tokenizer_config.json").write_text(json.dumps(maps))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    with pytest.raises(ValueError, match="own needs code of its own, which is not run; use one that needs none"):
+        prepare(tmp_path / "out", [source], tokenizer=str(own))
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
+
+
+def test_an_eos_that_is_padding_too_is_warned_of(tmp_path, source, capsys):
+    """Foundry's loader gives padding no target, until the key is set that the warning names."""
+    prepare(tmp_path / "first", [source], **OPTIONS)
+    assert "warning" not in capsys.readouterr().err
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "first/tokenizer", pad_token=EOS)
+    tokenizer.save_pretrained(tmp_path / "given")
+    prepare(tmp_path / "out", [source], tokenizer=str(tmp_path / "given"), sequence_length=LENGTH, val_fraction=0)
+    assert "is its EOS, <|endoftext|>, " in (said := capsys.readouterr().err)
+    assert "set tokenizer.kwargs.pad_token: null" in said
+    for kwargs, learned in (({}, False), ({"pad_token": None}, True)):
+        tokenizer = build_tokenizer(str(tmp_path / "out/tokenizer"), {"model_max_length": LENGTH, **kwargs})
+        labels = np.concatenate([batch["labels"].numpy() for batch in loader(tmp_path / "out", "train", tokenizer)])
+        assert (tokenizer.eos_token_id in labels) == learned
 
 
 @pytest.mark.parametrize("crash", range(4))

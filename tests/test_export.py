@@ -129,7 +129,8 @@ def test_every_way_round_ends_at_the_same_function(trained, exported, tmp_path):
 
 def _run(*arguments: str | Path) -> str:
     """Run the command line, which must fail, and return the one line that it says."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    # If it asks whether to run code, yes.
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], input="y\n")
     assert result.exit_code == 1, result.output
     assert isinstance(result.exception, SystemExit)
     assert result.stdout == ""
@@ -156,6 +157,11 @@ def test_what_cannot_be_read_or_expressed_leaves_nothing(command, trained, expor
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     partial = shutil.copytree(exported["wesar"], tmp_path / "partial")
     (partial / "config.json").write_text((partial / "config.json").read_text().replace('layers": 2', 'layers": 3'))
+    coded = shutil.copytree(exported["wesar"], tmp_path / "coded")
+    (coded / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (coded / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", null]}}'
+    )
     foreign = shutil.copytree(exported["wesar"], tmp_path / "foreign")
     (foreign / "config.json").write_text('{"model_type": "gpt2"}')
     inexpressible = next(iter(INEXPRESSIBLE))
@@ -163,12 +169,13 @@ def test_what_cannot_be_read_or_expressed_leaves_nothing(command, trained, expor
         damaged: "damaged",
         pickled: "no .safetensors file; pickled weights are not read",
         partial: "weights are missing, such as transformer.blocks.2",
+        coded: "its tokenizer needs code of its own, which is not run; replace it, or remove tokenizer_config.json",
         foreign: "the model is of type gpt2, and not arcee, llama or mpt",
         trained[inexpressible].folder: f"cannot express model.{INEXPRESSIBLE[inexpressible]}",
         tmp_path / "nothing": "no such file or folder",
     }.items():
         assert words in _run(*command, path, tmp_path / "out" / "model")
-        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "out").exists() and not (tmp_path / "ran").exists()
 
 
 @contextmanager
