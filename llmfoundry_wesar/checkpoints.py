@@ -70,7 +70,8 @@ def find_checkpoint(path: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If there are several and no link to the latest.
+        ValueError: If there are several and no link to the latest, or links to the latest whole and sharded one, of
+            which neither the name nor the time of a copied file tells the later.
     """
     path = Path(path)
     if path.is_file() or (path / ".metadata").is_file():
@@ -79,6 +80,8 @@ def find_checkpoint(path: str | Path) -> Path:
         raise FileNotFoundError(f"{path}: no such file or folder.")
     latest = [path / name for name in ("latest-rank0.pt", "latest-sharded-rank0")]
     found = [link.resolve() for link in latest if link.exists()]
+    if len(found) > 1:
+        raise ValueError(f"{path}: links to two latest checkpoints, {found[0]} and {found[1]}; name one of them.")
     found = found or sorted({*path.glob("*.pt"), *(file.parent for file in path.glob("*/.metadata"))})
     if not found:
         raise FileNotFoundError(f"{path}: no checkpoint in this folder (no .pt file, and no folder with a .metadata).")

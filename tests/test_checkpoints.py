@@ -49,6 +49,11 @@ def test_a_folder_means_its_latest_checkpoint(trained, sharded, tmp_path):
         find_checkpoint(tmp_path)
     (tmp_path / "b.pt").unlink()
     assert find_checkpoint(tmp_path) == tmp_path / "a.pt"
+    (tmp_path / "latest-rank0.pt").symlink_to("a.pt")
+    assert find_checkpoint(tmp_path) == tmp_path / "a.pt"
+    (tmp_path / "latest-sharded-rank0").symlink_to(folder / "ep0-ba4")
+    with pytest.raises(ValueError, match=rf"links to two latest checkpoints, .*a\.pt and {folder}/ep0-ba4; name one"):
+        find_checkpoint(tmp_path)
 
 
 class _Code:

@@ -19,7 +19,8 @@ from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM
 class MergedHuggingFaceCheckpointer(HuggingFaceCheckpointer):
     """Foundry's `HuggingFaceCheckpointer`, saving the merged model that `llmfoundry-wesar export --format hf` writes.
 
-    It merges in float32 on rank 0, whatever `precision` is written. A local folder appears whole or not at all.
+    It merges in float32 on rank 0, whatever `precision` is written. A local folder appears whole or not at all, but for
+    the last one if `mlflow_registered_model_name` is set, since MLflow goes on reading the folder that it is given.
 
     Args:
         *args: As for `HuggingFaceCheckpointer`.
