@@ -14,12 +14,12 @@ from results.pictures import band, panels
 
 RATES = ("2.0e-3", "8.0e-3", "4.0e-3", "1.6e-2", "5.0e-4", "6.4e-2")
 SWEEP = sorted([1e-3, *map(float, RATES)])
-# σ² = 16e-5 and 1e-5 beside the paper's 4e-5.
-SIGMAS = ("0.0126491106", "0.0031622777")
+# σ² → σ, beside the paper's 4e-5.
+SIGMAS = {"16e-5": "0.0126491106", "1e-5": "0.0031622777"}
 SERIES = (
     Series(MAIN),
     *(Series(MAIN, (seed,), {"optimizer.lr": RATES}) for seed in SEEDS),
-    Series(("wesar",), SEEDS, {"model.init_config.sigma": SIGMAS}),
+    Series(("wesar",), SEEDS, {"model.init_config.sigma": tuple(SIGMAS.values())}),
     # Done before the sweep was cut; judged nowhere, since other seeds lack it.
     Series(MAIN, SEEDS[:1], {"optimizer.lr": ("2.56e-1",)}),
 )
@@ -106,11 +106,12 @@ def report(evidence: Evidence) -> Verdict:
         figures = [str(interval(sweep.sensitivity())), f"{SWEEP[at]:g}", str(interval(sweep.losses[:, at]))]
         figures += [f"{runs.sum()} of {runs.size}" for runs in (sweep.bad, sweep.jumped)]
         lines.append([method, *figures, f"{jump:g}" if jump <= SWEEP[-1] else "none"])
-    lacking = []
-    for sigma in SIGMAS:
+    sigmas, lacking = [f"{interval(evidence.losses('wesar').values()).mean:.3f} at σ² = 4e-5"], []
+    for square, sigma in SIGMAS.items():
         try:
             at = interval(evidence.losses("wesar", sigma=float(sigma)).values())
-            lines.append([f"wesar, σ² = {float(sigma) ** 2:.0e}", "", f"{LEARNING_RATE:g}", str(at), "", "", ""])
+            sigmas.append(f"{at.mean:.3f} at {square}")
+            lines.append([f"wesar, σ² = {square}", "", f"{LEARNING_RATE:g}", str(at), "", "", ""])
         except Lacking as missing:
             lacking.append(str(missing))
     tuned = interval(small.losses[:, small.best()] - wesar.losses[:, wesar.best()])
@@ -121,7 +122,8 @@ def report(evidence: Evidence) -> Verdict:
         f" First bad rate, log2 of WeSaR's ÷ Small's: {later} (a seed without any counts as twice the highest rate)."
         f" Beside the rule, which judges no step before the {SPIKE_WINDOW}th: {wesar.jumped.sum()} of {n * rates} runs"
         f" of WeSaR and {small.jumped.sum()} of Small jumped by more than 1 nat; held-out loss at each method's best"
-        f" rate, Small − WeSaR: {tuned}." + (f" Not run: {'; '.join(lacking)}." if lacking else ""),
+        f" rate, Small − WeSaR: {tuned}; WeSaR's at 1e-3 {', '.join(sigmas)}."
+        + (f" Not run: {'; '.join(lacking)}." if lacking else ""),
         _draw(sweeps),
         lines,
     )
