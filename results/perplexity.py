@@ -64,6 +64,6 @@ def report(evidence: Evidence) -> Verdict:
     lines = [["task", "kind", *MAIN, "Small − WeSaR"]]
     for task, kind in kinds:
         found = {method: {seed: scores[run, task, kind] for seed, run in runs[method].items()} for method in MAIN}
-        difference = paired(found["small_init"], found["wesar"])
-        lines.append([task, kind, *(str(interval(values.values())) for values in found.values()), str(difference)])
+        intervals = [*(interval(values.values()) for values in found.values()), paired(*found.values())]
+        lines.append([task, kind, *(f"{mean:.4g} [{low:.4g}, {high:.4g}]" for mean, low, high, _ in intervals)])
     return Verdict("measured", f"Merged models of {len(runs['wesar'])} seeds at 1e-3.", None, lines)
