@@ -137,7 +137,7 @@ def test_methods_are_judged_at_one_rate_and_at_the_best_of_each(
     for seed in SEEDS:
         for method in methods.METHODS:
             start, slope = (5.0, slopes[0]) if method == "wesar" else (5.4, slopes[1])
-            for rate in ("1e-3", *methods.HIGHER, *(methods.LOWER if slope > 0 else ())):
+            for rate in ("1e-3", methods.NEXT, methods.LOWER if slope > 0 else methods.HIGHER):
                 held_out = start + 0.1 * slope * math.log2(float(rate) / 1e-3) + 0.01 * rng.random()
                 variation = "" if rate == "1e-3" else f"optimizer.lr={rate}"
                 add(tmp_path, method, seed, held_out, scalars(lambda step: 8.0), variation)
