@@ -154,7 +154,11 @@ def test_z_loss_by_hand_with_masked_tokens():
 @pytest.mark.parametrize("z_loss", [0.0, 0.02])
 @pytest.mark.parametrize("method", ["small_init", "wesar", "weight_norm"])
 def test_fused_loss_is_the_loss(method, z_loss):
-    """Fused with W_p or from logits: the same loss and gradients, but for the order of sums; evaluation has logits."""
+    """Fused with W_p or from logits: the same loss and gradients, but for the order of sums; evaluation has logits.
+
+    Each gradient in norm, relative to its own: half of them differ by less than 4e-7. A scalar gate's is one sum whose
+    terms nearly cancel, here of up to 4,096; in the worst of them 7e-5 is left of float32's precision.
+    """
     fused, plain = (build(method, z_loss=z_loss, fused_loss=f, use_train_metrics=False) for f in (True, False))
     data = batch()
     data["labels"][0, 5:9] = -100
@@ -165,7 +169,7 @@ def test_fused_loss_is_the_loss(method, z_loss):
         total.backward()
         results.append([total, *(p.grad for p in model.parameters())])
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+        assert ((ours - theirs).norm() / theirs.norm()).item() < 3e-4
     assert torch.equal(logits(fused), logits(plain))
 
 
