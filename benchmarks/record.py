@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from composer.utils.collect_env import get_cpu_model
+from scipy import stats
 from tqdm import tqdm
 
 _PACKAGES = ("torch", "mosaicml", "llm-foundry", "llmfoundry_wesar")
@@ -28,19 +29,23 @@ Function = Callable[[], object]
 Readings = Sequence[float] | np.ndarray
 
 
-def ratio(values: Readings, baseline: Readings) -> list[float]:
-    """The median of the pairs' ratios, and from 6 pairs on its 95% interval by order statistics.
+def ratio(values: Readings, baseline: Readings, paired: bool = True) -> list[float]:
+    """The median of the pairs' ratios, and from 6 pairs on an interval for it by order statistics.
 
-    Readings that were not taken in pairs, and so differ in number, give the ratio of the medians alone.
+    It goes from the r-th smallest of n ratios to the r-th largest, and misses the true median with 2·P(X < r),
+    X ~ B(n, ½); r is the largest with which that is at most 5%. Of fewer than 6 even r = 1 misses it more often.
+
+    Args:
+        values: The readings.
+        baseline: The plain variant's.
+        paired: Whether each of `values` was taken beside the one in its place in `baseline`. If not, the result is the
+            ratio of the medians alone.
     """
-    if len(values) != len(baseline):
+    if not paired:
         return [np.median(values) / np.median(baseline)]
     ratios = np.sort(np.divide(values, baseline))
-    n = len(ratios)
-    if n < 6:
-        return [np.median(ratios)]
-    rank = int(n / 2 - 0.98 * n**0.5)
-    return [np.median(ratios), ratios[rank], ratios[-1 - rank]]
+    rank = int(stats.binom.ppf(0.025, len(ratios), 0.5)) - 1  # r, counted from 0
+    return [np.median(ratios)] if rank < 0 else [np.median(ratios), ratios[rank], ratios[-1 - rank]]
 
 
 class Recorder:
@@ -80,18 +85,19 @@ class Recorder:
         """Set what the rows to come have in common: suite, name, dtype, shape, compiled."""
         self.row |= row
 
-    def add(self, values: Readings, baseline: Readings = (), **row: Any) -> None:
+    def add(self, values: Readings, baseline: Readings = (), paired: bool = True, **row: Any) -> None:
         """Append one measurement.
 
         Args:
             values: The readings. If there are none, `note` says why; by default that a CPU does not give them.
-            baseline: The plain variant's, each taken beside the one in `values` if there are as many.
+            baseline: The plain variant's, if there is one.
+            paired: As for `ratio`.
             **row: variant, unit; note; what differs from `about`.
         """
         numbers: list[float] = [len(values)]
         if len(values):
             numbers += [float(x) for x in np.percentile(values, [50, 10, 90])]
-            numbers += [float(x) for x in ratio(values, baseline)] if len(baseline) else []
+            numbers += [float(x) for x in ratio(values, baseline, paired)] if len(baseline) else []
         cells = {key: f"{number:.8g}" for key, number in zip(_NUMBERS, numbers, strict=False)}
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         row = {"note": "" if len(values) else "not measured on a CPU"} | self.row | row | cells | {"date": date}

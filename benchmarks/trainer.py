@@ -143,7 +143,7 @@ def _measure(recorder: Recorder, config: dict[str, Any], first: np.ndarray | Non
     attention = 3 * model.get_attention_flops(length)
     attention /= model.flops_per_batch({"input_ids": torch.empty(1, length, device="meta")})
     first = rate if first is None else first
-    recorder.add(rate, first, unit="tokens/s")
+    recorder.add(rate, first, paired=False, unit="tokens/s")
     recorder.add(mfu, unit="MFU, 6N + 12·L·d·T", note="of 989 TFLOP/s; N as foundry counts it")
     recorder.add(mfu * (1 - attention / 2), unit="MFU, 6N + 6·L·d·T", note="of 989 TFLOP/s; N as foundry counts it")
     recorder.add([torch.cuda.max_memory_allocated() / 2**30] if recorder.device == "cuda" else [], unit="GiB at peak")

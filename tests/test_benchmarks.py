@@ -5,12 +5,14 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import typer
+from scipy.stats import binom
 
 from benchmarks import precision, record, run, sizes, step
-from benchmarks.monitor import DUE, IDLE, MONITORS
+from benchmarks.monitor import DUE, IDLE, MONITORS, NONE
 from benchmarks.record import COLUMNS, Recorder, ratio
 
 MAY_BE_EMPTY = {"median", "p10", "p90", "ratio", "ratio_low", "ratio_high", "note"}
@@ -63,18 +65,39 @@ def test_trainer_measures_each_change_and_computes_mfu_from_tokens_a_second(tmp_
         flops = 6 * parameters + attention * layers * d * length
         expected = {variant: rate * flops / 989e12 for variant, rate in rates.items()}
         assert medians(rows, unit) == pytest.approx(expected, rel=1e-6)  # the CSV has eight digits
+    # Of medians: the runs follow each other, so their batches are no pairs, also where there are as many.
+    for row in rows:
+        if row["unit"] == "tokens/s":
+            assert float(row["ratio"]) == pytest.approx(rates[row["variant"]] / rates["stock"], rel=1e-6)
+            assert row["ratio_low"] == row["ratio_high"] == ""
 
 
-def test_monitor_alternates_within_one_run_of_each_optimizer(tmp_path):
-    """Each monitor has as many steps; what is derived from them is arithmetic on their medians' scale."""
+def test_monitor_alternates_within_one_run_of_each_optimizer(tmp_path, monkeypatch):
+    """Each monitor has as many steps; the share of a 1M-token step is worked out here from the readings themselves."""
+    readings = {}
+
+    class Keeping(Recorder):
+        def add(self, values, *args, **row):
+            readings[(self.row | row)["name"], row["variant"], row["unit"]] = np.array(values)
+            super().add(values, *args, **row)
+
+    monkeypatch.setattr(run, "Recorder", Keeping)
     rows = measure(tmp_path, "monitor")
     for name in ("tiny, adamw, fused", "tiny, decoupled_adamw"):
         times = {row["variant"]: row for row in rows if row["name"] == name and row["unit"] == "ms"}
         assert times.keys() == MONITORS.keys()
-        assert {DUE, IDLE} < times.keys()
         assert len({row["n"] for row in times.values()}) == 1
-        shares = {row["variant"] for row in rows if row["name"] == name and row["unit"] == "% of a 1M-token step"}
-        assert shares == {"update_ratio_monitor, every step", "update_ratio_monitor, every 10th"}
+        none, due, idle = (readings[name, variant, "ms"] for variant in (NONE, DUE, IDLE))
+        one_million = 2**20 / 64 * float(times[NONE]["median"])  # a step here has 4 sequences of 16 tokens
+        shares = {
+            "update_ratio_monitor, every step": 100 * (due - none) / one_million,
+            "update_ratio_monitor, every 10th": 100 * (0.1 * due + 0.9 * idle - none) / one_million,
+        }
+        derived = {row["variant"]: row for row in rows if row["name"] == name and row["unit"].startswith("%")}
+        assert derived.keys() == shares.keys()
+        for variant, percent in shares.items():
+            for key, q in {"p10": 10, "median": 50, "p90": 90}.items():
+                assert float(derived[variant][key]) == pytest.approx(np.percentile(percent, q), rel=1e-6)
 
 
 def test_loss_has_a_row_for_every_form_and_for_the_one_that_needs_a_gpu(tmp_path):
@@ -118,9 +141,21 @@ def test_a_drift_that_meets_both_variants_leaves_the_ratio_alone():
     assert ratio([1.01 * x for x in plain], plain) == pytest.approx([1.01] * 3, rel=1e-12)
 
 
-def test_the_interval_is_the_binomial_one():
-    """Of 100 sorted pairs the 41st and the 60th, between which the median lies with 95% (n/2 ± 0.98·√n)."""
-    assert ratio(list(range(1, 101)), [1.0] * 100) == [50.5, 41, 60]
+def test_the_interval_is_the_narrowest_that_covers_the_median_with_95_percent():
+    """Ranks of the sorted ratios 1 to n, and how often the true median lies outside: exactly, from the binomial."""
+
+    def coverage(n, low):
+        return 1 - 2 * binom.cdf(low - 1, n, 0.5)
+
+    for n in range(1, 101):
+        median, *interval = ratio(list(range(1, n + 1)), [1.0] * n)
+        assert median == (n + 1) / 2
+        if n < 6:
+            assert interval == [] and coverage(n, 1) < 0.95
+        else:
+            low, high = interval
+            assert low + high == n + 1
+            assert coverage(n, low) >= 0.95 > coverage(n, low + 1)
 
 
 def test_variants_take_turns_forwards_and_backwards(tmp_path):
