@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from composer.loggers import InMemoryLogger
+from composer.utils import dist
 from llmfoundry.command_utils import train_from_yaml
 
+from llmfoundry_wesar.export import export, reparameterize
 from llmfoundry_wesar.methods import names
 from tests.distributed import REPOSITORY, launch
 
@@ -33,6 +35,10 @@ TINY = [
     "loggers.inmemory={}",
     "log_to_console=false",
 ]
+HELD_OUT = "metrics/eval/LanguageCrossEntropy"
+RESUMED = ["wesar", "sigma_reparam"]  # with gates, and with singular vectors beside them
+# With a warm-up Composer's first two steps have a learning rate of 0: their checkpoint holds what the seed gives.
+AT_ONCE = "scheduler.t_warmup=0ba"
 
 
 def train(data: Path, log_dir: Path, *overrides: str) -> dict[str, list[tuple[int, float]]]:
@@ -41,7 +47,7 @@ def train(data: Path, log_dir: Path, *overrides: str) -> dict[str, list[tuple[in
     trainer = train_from_yaml(str(REPOSITORY / "yamls/quickstart.yaml"), [*TINY, *paths, *overrides])
     [logger] = [d for d in trainer.logger.destinations if isinstance(d, InMemoryLogger)]
     trainer.close()
-    families = ("loss/train", "gate/", "update_ratio/", "virtual_update_ratio/", "grad_norm/", "weight_norm/")
+    families = ("loss/train", "gate/", "update_ratio/", "virtual_update_ratio/", "grad_norm/", "weight_norm/", HELD_OUT)
     return {
         key: [(time.batch.value, float(value)) for time, value in pairs]
         for key, pairs in logger.data.items()
@@ -64,28 +70,68 @@ def train_methods(data: Path, log_dir: Path, methods: list[str], *overrides: str
 def test_every_method_on_two_fsdp2_processes_logs_what_one_process_does(dataset, tmp_path):
     """Losses, gates, norms and update ratios of all methods.
 
-    The two add up the same gradients in another order, 1e-7 relative a sum; over four steps 5e-7 was seen, and 1e-5 is
+    The two add up the same gradients in another order, 1e-7 relative a sum; over four steps 5e-6 was seen, and 5e-5 is
     allowed. A missing rank or a wrong scale would be off by a factor.
     """
     methods = names("method")
-    one = train_methods(dataset, tmp_path / "one", methods, "device_train_microbatch_size=4")
-    sharded = ["fsdp_config.sharding_strategy=FULL_SHARD", "model.init_device=mixed"]
+    one = train_methods(dataset, tmp_path / "one", methods, AT_ONCE, "device_train_microbatch_size=4")
+    sharded = [AT_ONCE, "fsdp_config.sharding_strategy=FULL_SHARD", "model.init_device=mixed"]
     two = launch(train_methods, dataset, tmp_path / "two", methods, *sharded, FSDP_VERSION="2", timeout=600)
     for method in methods:
         assert len([key for key in one[method] if key.startswith("update_ratio/")]) == 14
-        assert_same(two[0][method], one[method], 1e-5)
+        assert_same(two[0][method], one[method], 5e-5)
 
 
-@pytest.mark.parametrize("method", ["wesar", "sigma_reparam"])
+@pytest.mark.parametrize("method", RESUMED)
 def test_a_resumed_run_continues_to_the_bit(method, dataset, tmp_path):
-    """Stopped after two batches of four and started again from the checkpoint, with gates and singular vectors."""
-    save = [f"save_folder={tmp_path}/checkpoints", "save_interval=2ba", f"variables.method={method}"]
-    whole = train(dataset, tmp_path / "whole", f"variables.method={method}")
-    train(dataset, tmp_path / "first", "max_duration=2ba", "scheduler.t_max=4ba", *save)
+    """Stopped after two batches of four and started again from the checkpoint."""
+    options = [f"variables.method={method}", AT_ONCE]
+    whole = train(dataset, tmp_path / "whole", *options)
+    save = [f"save_folder={tmp_path}/checkpoints", "save_interval=2ba"]
+    train(dataset, tmp_path / "first", "max_duration=2ba", "scheduler.t_max=4ba", *options, *save)
     [checkpoint] = Path(tmp_path, "checkpoints").glob("*ba2*")
-    rest = train(dataset, tmp_path / "second", f"load_path={checkpoint}", f"variables.method={method}")
+    rest = train(dataset, tmp_path / "second", f"load_path={checkpoint}", *options)
     assert len(rest["loss/train/total"]) == 2
     assert rest == {key: pairs[2:] for key, pairs in whole.items()}
+
+
+def stop_resume_and_reload(data: Path, folder: Path, method: str) -> tuple[dict, dict[str, dict], dict]:
+    """A run in one go, its second half after a stop, by kind of checkpoint, and a run from a file made of its model."""
+
+    def options(checkpoints: str) -> list[str]:
+        fsdp = f"fsdp_config={{sharding_strategy: FULL_SHARD, state_dict_type: {checkpoints}}}"
+        return [f"variables.method={method}", AT_ONCE, "model.init_device=mixed", "eval_interval=1dur", fsdp]
+
+    whole, rest = train(data, folder, *options("sharded")), {}
+    for checkpoints in ("sharded", "full"):
+        save = [f"save_folder={folder / checkpoints}", "save_interval=2ba", "autoresume=true"]
+        train(data, folder, *options(checkpoints), *save, "max_duration=2ba", "scheduler.t_max=4ba")
+        rest[checkpoints] = train(data, folder, *options(checkpoints), *save)
+    if dist.get_global_rank() == 0:
+        export(folder / "sharded", folder / "plain")
+        reparameterize(folder / "plain", folder / "gated.pt", method)
+    dist.barrier()
+    load = [f"load_path={folder / 'gated.pt'}", "load_weights_only=true", "eval_first=true", "max_duration=1ba"]
+    return whole, rest, train(data, folder, *options("full"), *load)
+
+
+def stop_resume_and_reload_each(data: Path, folder: Path) -> dict[str, tuple[dict, dict[str, dict], dict]]:
+    return {method: stop_resume_and_reload(data, folder / method, method) for method in RESUMED}
+
+
+def test_two_fsdp2_processes_resume_to_the_bit_and_load_a_gated_file(dataset, tmp_path):
+    """By `autoresume`, from sharded and from whole checkpoints; and the file that `reparameterize` makes.
+
+    To the bit as on one process, since the sum of two ranks has one order. The file has the held-out loss of the model
+    that it was made from, but for the rounding of α(W̄/α) to float32, 1e-7. With `load_monolith_rank0_only` and without
+    `init_device: mixed` WeSaR's is 3.4 and not 1.4.
+    """
+    runs = launch(stop_resume_and_reload_each, dataset, tmp_path, FSDP_VERSION="2", timeout=600)[0]
+    for method, (whole, rest, loaded) in runs.items():
+        assert len(whole["loss/train/total"]) == 4
+        for checkpoints in ("sharded", "full"):
+            assert rest[checkpoints] == {key: pairs[-2:] for key, pairs in whole.items()}, (method, checkpoints)
+        assert loaded[HELD_OUT][0] == (0, pytest.approx(whole[HELD_OUT][0][1], rel=1e-5)), method
 
 
 STOCK = """
