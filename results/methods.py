@@ -90,11 +90,10 @@ def report(evidence: Evidence) -> Verdict:
         raise Lacking("; ".join(lacking))
     if lacking:
         sentences.append(f"Not run: {'; '.join(lacking)}.")
-    shown = [losses for losses in (equal, own) if len(losses) == len(equal)]
-    picture, axes = panels(len(shown), sharey=True, height=0.35 * len(equal) + 0.8)
+    picture, axes = panels(2, sharey=True, height=0.35 * len(equal) + 0.8)
     ordered = sorted(equal, key=lambda method: _mean(equal[method]))
-    for axis, losses, where in zip(axes, shown, ("at 1e-3", "at its own best rate"), strict=False):
-        dots(axis, {method: list(losses[method].values()) for method in ordered}, COLOURS * 2)
+    for axis, losses, where in zip(axes, (equal, own), ("at 1e-3", "at its own best rate"), strict=True):
+        dots(axis, {method: list(losses.get(method, {}).values()) for method in ordered}, COLOURS * 2)
         axis.set_xlabel(f"held-out loss {where} (nats)")
     found = [order for _, orders in comparisons for _, order in orders.values()]
     complete = len(found) == 2 * len(OTHERS) and set(found) == {"as in the paper"}

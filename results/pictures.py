@@ -34,9 +34,11 @@ def over_steps(
 
 
 def dots(axis: Axes, groups: Mapping[str, Sequence[float]], colours: Sequence[str]) -> None:
-    """A line for each group: a dot for each seed, a bar at the mean; the first group is on top."""
+    """A line for each group: a dot for each seed, a bar at the mean; the first group is on top, an empty one blank."""
     for position, ((name, values), colour) in enumerate(zip(groups.items(), colours, strict=False)):
         axis.plot(values, np.full(len(values), position), "o", color=colour, alpha=0.5, markersize=4, label=name)
-        axis.plot([np.mean(values)], [position], "|", color=colour, markersize=16, markeredgewidth=2)
+        axis.plot(
+            [np.mean(values) if values else np.nan], [position], "|", color=colour, markersize=16, markeredgewidth=2
+        )
     axis.set_yticks(range(len(groups)), list(groups))
     axis.set_ylim(len(groups) - 0.5, -0.5)
