@@ -172,6 +172,11 @@ def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Interval:
     return interval(first[seed] - second[seed] for seed in sorted(first.keys() & second.keys()))
 
 
+def jumped(row: Row) -> bool:
+    """Whether a run's training loss jumped by more than 1 nat, by `summary.largest_jump`."""
+    return float(row["largest_jump"] or 0) > 1
+
+
 def _variation(row: Row) -> frozenset[tuple[str, float]]:
     pairs = (text.partition("=") for text in row["variation"].split())
     return frozenset((key, float(value)) for key, _, value in pairs)

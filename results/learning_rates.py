@@ -8,8 +8,20 @@ from matplotlib.ticker import NullFormatter
 
 from llmfoundry_wesar.plot import COLOURS
 from llmfoundry_wesar.scalars import Scalars
-from llmfoundry_wesar.summary import SPIKE_WINDOW, largest_jump
-from results.evidence import FEWEST, LEARNING_RATE, MAIN, SEEDS, Evidence, Lacking, Series, Verdict, decide, interval
+from llmfoundry_wesar.summary import SPIKE_WINDOW
+from results.evidence import (
+    FEWEST,
+    LEARNING_RATE,
+    MAIN,
+    SEEDS,
+    Evidence,
+    Lacking,
+    Series,
+    Verdict,
+    decide,
+    interval,
+    jumped,
+)
 from results.pictures import band, panels
 
 RATES = ("2.0e-3", "8.0e-3", "4.0e-3", "1.6e-2", "5.0e-4", "6.4e-2")
@@ -32,7 +44,7 @@ class Sweep(NamedTuple):
         losses: Held-out, in nats.
         starts: First training loss.
         bad: Whether a run spiked, by `summary.spikes`, or ended above its first loss.
-        jumped: Whether its training loss jumped by more than 1 nat, by `summary.largest_jump`.
+        jumped: As by `evidence.jumped`.
         ratios: Median update ratio.
     """
 
@@ -69,8 +81,7 @@ def _sweeps(evidence: Evidence) -> dict[str, Sweep]:
             scalars = evidence.curves(row)
             losses = scalars["loss/train/loss"][1]
             bad = int(row["spikes"]) > 0 or not float(row["final_loss"]) <= losses[0]
-            jumped, ratio = largest_jump(losses) > 1, median_update_ratio(scalars)
-            cells.append((float(row["held_out_loss"]), losses[0], bad, jumped, ratio))
+            cells.append((float(row["held_out_loss"]), losses[0], bad, jumped(row), median_update_ratio(scalars)))
         sweeps[method] = Sweep(
             *(np.array(column).reshape(len(seeds), len(SWEEP)) for column in zip(*cells, strict=True))
         )

@@ -3,7 +3,7 @@
 import math
 
 from llmfoundry_wesar.summary import SPIKE_WINDOW, spike_steps
-from results.evidence import Evidence, Lacking, Series, Verdict, by_role, decide, interval
+from results.evidence import Evidence, Lacking, Series, Verdict, by_role, decide, interval, jumped
 
 # Any run may have a spike; none is made for this claim.
 SERIES: tuple[Series, ...] = ()
@@ -22,10 +22,9 @@ def report(evidence: Evidence) -> Verdict:
             after = values[:, (steps > first) & (steps <= first + STEPS)].mean()
             before = values[:, (steps < first) & (steps >= first - STEPS)].mean()
             found.append(math.log(after / before))
-    jumped = sum(float(row["largest_jump"] or 0) > 1 for row in evidence.rows)
     counted = (
         f"{len(runs)} of {len(evidence.rows)} runs had a spike by the rule of `summary.spikes`, which judges no step"
-        f" before the {SPIKE_WINDOW}th; {jumped} jumped by more than 1 nat"
+        f" before the {SPIKE_WINDOW}th; {sum(map(jumped, evidence.rows))} jumped by more than 1 nat"
     )
     if len(runs) < 2:
         raise Lacking(counted)
