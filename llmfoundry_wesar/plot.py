@@ -386,7 +386,7 @@ def table(runs: Mapping[str, Scalars]) -> str:
         if curve.family == "loss":
             _, losses = runs[curve.run][curve.metric]
             quotient = median_update_ratio_quotient(runs[curve.run])
-            held_out = [f"{runs[curve.run][key][1][-1]:.3f}" for key in _held_out(runs[curve.run])[:1]]
-            cells = [f"{losses[-10:].mean(dtype=float):10.3f}", f"{(held_out or ['–'])[0]:>13}"]
+            held_out = next((f"{runs[curve.run][key][1][-1]:.3f}" for key in _held_out(runs[curve.run])), "–")
+            cells = [f"{losses[-10:].mean(dtype=float):10.3f}", f"{held_out:>13}"]
             lines.append(f"| {curve.run:{width}} | {' | '.join(cells)} | {quotient:{len(title)}.2f} |")
     return "\n".join(lines)
