@@ -9,7 +9,6 @@
 What the target cannot express is refused by the name of its config key.
 """
 
-import inspect
 import json
 import math
 from typing import Any
@@ -27,7 +26,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from llmfoundry_wesar import methods
 from llmfoundry_wesar.arcee import ArceeConfig, ArceeForCausalLM
 from llmfoundry_wesar.layers import Reparameterized, ScaledEmbedding
-from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM
+from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM, arguments
 
 Weights = dict[str, Tensor]
 
@@ -83,11 +82,6 @@ _BLOCK_MODULES = {
     "ffn.up_proj": "mlp.up_proj",
     "ffn.down_proj": "mlp.down_proj",
 }
-
-
-def arguments(config: type[MPTConfig]) -> list[str]:
-    """The keys that a class of configs has itself."""
-    return [name for name in inspect.signature(config).parameters if name != "kwargs"]
 
 
 def _module_names(n_layers: int) -> dict[str, str]:

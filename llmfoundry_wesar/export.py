@@ -21,8 +21,8 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from llmfoundry_wesar.checkpoints import Checkpoint, read_checkpoint
-from llmfoundry_wesar.conversion import arguments, build_mpt, from_llama, merge, to_gated, to_hf
-from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM
+from llmfoundry_wesar.conversion import build_mpt, from_llama, merge, to_gated, to_hf
+from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM, arguments
 
 Format = Literal["hf", "mpt"]
 Dtype = Literal["float32", "bfloat16", "float16"]

@@ -44,6 +44,12 @@ _LOSS_HEADS: dict[type[nn.Module], type[LossHead]] = {
 }
 
 
+def arguments(cls: type) -> list[str]:
+    """The names that a class has itself for what it is built with, without *args and **kwargs."""
+    parameters = inspect.signature(cls).parameters.values()
+    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
 class WeSaRMPTConfig(MPTConfig):
     """`MPTConfig` with the options of the compared methods.
 
@@ -112,9 +118,7 @@ class WeSaRMPTConfig(MPTConfig):
     def _check_fc_options(self) -> None:
         """Refuse an option of `fc_type` that its class lacks; of classes that are not ours nothing is known."""
         if self.fc_class in EMBEDDINGS:
-            stock, own = (inspect.signature(c).parameters.values() for c in (nn.Linear, self.fc_class))
-            known = {p.name for p in own if p.kind is not p.VAR_POSITIONAL and p.kind is not p.VAR_KEYWORD}
-            known -= {p.name for p in stock}
+            known = {*arguments(self.fc_class)} - {*arguments(nn.Linear)}
             for key in self.fc_type.keys() - known - {"name", "bias", "device"}:
                 raise ValueError(
                     f"model.fc_type.{key}: {self.fc_type[key]!r} is no option of {self.fc_type['name']}, which has "
@@ -189,8 +193,7 @@ def check_keys(model: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If neither foundry's model, nor its config or that one's base, nor `WeSaRMPTConfig` have it.
     """
-    classes = (ComposerMPTCausalLM, MPTConfig, WeSaRMPTConfig)
-    own = {key for found in classes for key in inspect.signature(found).parameters}
+    own = {*arguments(ComposerMPTCausalLM), *arguments(MPTConfig), *arguments(WeSaRMPTConfig)}
     own.add("fuse_norm_attn_norm")  # foundry's blocks read it, although no signature has it
     known = own | vars(PretrainedConfig()).keys()
     for key, value in model.items():
