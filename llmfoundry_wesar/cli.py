@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Exit, Option, Typer, echo
-from yaml import YAMLError
 
 app = Typer(
     help="Prepare data for, look into and draw llm-foundry runs with WeSaR.",
@@ -22,7 +21,7 @@ def one_line_errors() -> Iterator[None]:
     """Turn the errors that a user can mend into one line and exit code 1."""
     try:
         yield
-    except (ValueError, OSError, RuntimeError, ImportError, YAMLError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         echo(f"llmfoundry-wesar: {error}", err=True)
         raise Exit(1) from None
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from yaml import YAMLError
 
 from llmfoundry_wesar.initialization import Role, backbone_std
 from llmfoundry_wesar.layers import Reparameterized, ScaledEmbedding
@@ -70,9 +71,13 @@ def load_config(path: str, overrides: list[str] | None = None) -> dict[str, Any]
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the method or setting is not known.
+        ValueError: If it is no YAML, or the method or setting is not known.
     """
-    config = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_cli(overrides or []))
+    try:
+        loaded = OmegaConf.load(path)
+    except YAMLError as error:
+        raise ValueError(f"{path}: {error}") from error
+    config = OmegaConf.merge(loaded, OmegaConf.from_cli(overrides or []))
     assert isinstance(config, DictConfig)
     return expand(OmegaConf.to_container(config, resolve=True), check_data=False)  # type: ignore[arg-type]
 
@@ -83,14 +88,14 @@ def _matrix(module: nn.Linear | nn.Embedding, role: Role, config: Any, lr: float
     divisor = init["init_div_is_residual"]
     divisor = 1.0 if divisor is False else math.sqrt(2 * config.n_layers) if divisor is True else float(divisor)
     backbone = init.get("backbone", "small" if init["name"] == "small_init_" else "he")
-    embedding = isinstance(module, nn.Embedding)
+    if isinstance(module, nn.Embedding):
+        wanted = 1.0 if isinstance(module, Reparameterized) else config.embedding_std
+    else:
+        wanted = backbone_std(role, backbone, columns, config.d_model, divisor)
+    std, gate = wanted, None
     if isinstance(module, Reparameterized):
         std = init["sigma"]
-        wanted = 1.0 if embedding else backbone_std(role, backbone, columns, config.d_model, divisor)
         gate, wanted = module.expected_start((rows, columns), std, wanted, init.get("gain_init", "method"))
-    else:
-        std = config.embedding_std if embedding else backbone_std(role, backbone, columns, config.d_model, divisor)
-        gate, wanted = None, std
     scale = module.scale if isinstance(module, ScaledEmbedding) else 1.0
     return Matrix(role.name, (rows, columns), 1, type(module).__name__, wanted * scale, std, gate, lr / std)
 
