@@ -53,7 +53,7 @@ def _gate_gradient(grad: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
 
 
 class _GatedLinear(torch.autograd.Function):
-    """y = x (αW)ᵀ, keeping only x, W and α for the backward pass.
+    """y = x (αW)ᵀ + b, keeping only x, W and α for the backward pass.
 
     Autograd would keep αW as well. Under FSDP that is a whole unsharded matrix for each layer, which resharding W
     after the forward pass does not free; recomputing αW is one elementwise pass.
@@ -62,39 +62,40 @@ class _GatedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x, weight, gate)
-        return F.linear(x, _product(weight, gate, x.dtype))
+        return F.linear(x, _product(weight, gate, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, gate = ctx.saved_tensors
-        needs_x, needs_weight, needs_gate = ctx.needs_input_grad
+        needs_x, needs_weight, needs_gate, needs_bias = ctx.needs_input_grad
         grad_x = grad_weight = grad_gate = None
+        rows = grad_y.reshape(-1, grad_y.size(-1))
         if needs_x:
             # αW, where the forward pass has Wα: a compiler that saw one expression would compute it once, and keep it.
             grad_x = grad_y @ _product(gate, weight, x.dtype)
         if needs_weight or needs_gate:
             # ∂L/∂(αW); both gradients follow from it without another pass over the activations.
-            grad = grad_y.reshape(-1, grad_y.size(-1)).t() @ x.reshape(-1, x.size(-1))
+            grad = rows.t() @ x.reshape(-1, x.size(-1))
             if needs_gate:
                 grad = grad.to(torch.promote_types(grad.dtype, weight.dtype))
                 grad_gate = _gate_gradient(grad, weight, gate)
             if needs_weight:
                 in_place = grad.dtype == weight.dtype
                 grad_weight = torch.mul(grad, gate, out=grad) if in_place else _product(grad, gate, weight.dtype)
-        return grad_x, grad_weight, grad_gate
+        return grad_x, grad_weight, grad_gate, rows.sum(0) if needs_bias else None
 
 
-def gated_linear(x: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
-    r"""A linear map with the virtual weight, :math:`y = x (\alpha W)^\top` (Nishida et al. 2024, section 4.1).
+def gated_linear(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
+    r"""A linear map with the virtual weight, :math:`y = x (\alpha W)^\top + b` (Nishida et al. 2024, section 4.1).
 
-    Equal to ``F.linear(x, gated_weight(weight, gate))`` in value and gradients,
+    Equal to ``F.linear(x, gated_weight(weight, gate), bias)`` in value and gradients,
 
     .. math:: \partial L/\partial W = \alpha\,G, \quad \partial L/\partial\alpha = \langle G, W\rangle,
               \quad G = \partial L/\partial(\alpha W),
 
-    and under autocast in the dtype that `F.linear` would use there. It keeps no αW for the backward pass, compiled or
+    and under autocast in the dtype that `F.linear` uses there. It keeps no αW for the backward pass, compiled or
     not, unless W is small: then keeping it costs less than a Python function in the backward pass would.
     `benchmarks/README.md` has the figures behind this form.
 
@@ -102,16 +103,18 @@ def gated_linear(x: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
         x: (..., I).
         weight: (O, I), the actual weight W.
         gate: α, as `broadcast_gate` gives it: (1,), (O, 1) or (I,).
+        bias: b, (O,), which the gate leaves alone.
 
     Returns:
         (..., O).
     """
+    if weight.numel() <= _SMALL:
+        return F.linear(x, gated_weight(weight, gate).to(x.dtype), bias)
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
-    if weight.numel() <= _SMALL:
-        return F.linear(x, gated_weight(weight, gate).to(x.dtype))
-    return _GatedLinear.apply(x, weight, gate)  # type: ignore[return-value]
+        bias = None if bias is None else bias.to(x.dtype)
+    return _GatedLinear.apply(x, weight, gate, bias)  # type: ignore[return-value]
 
 
 def weight_norm(weight: Tensor, gain: Tensor) -> Tensor:

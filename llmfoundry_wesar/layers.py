@@ -172,8 +172,7 @@ class GatedLinear(Gated, nn.Linear):
         self._add_gate(gate_shape, trainable)
 
     def forward(self, input: Tensor) -> Tensor:
-        output = functional.gated_linear(input, self.weight, self._broadcast_gate())
-        return output if self.bias is None else output + self.bias.to(output.dtype)
+        return functional.gated_linear(input, self.weight, self._broadcast_gate(), self.bias)
 
 
 class GatedEmbedding(Gated, ScaledEmbedding):

@@ -28,7 +28,7 @@ def form(request, monkeypatch):
 
 def inputs(gate_shape, dtype=torch.float64, batch=(2, 3)):
     generator = torch.Generator().manual_seed(0)
-    shapes = [(*batch, 5), (7, 5), GATES[gate_shape]]
+    shapes = [(*batch, 5), (7, 5), GATES[gate_shape], (7,)]
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
 
 
@@ -38,14 +38,14 @@ def gradients(function, tensors):
     return [output.detach(), *torch.autograd.grad((output * weights).sum(), tensors)]
 
 
-def plain(x, weight, gate):
-    return F.linear(x, weight * gate)
+def plain(x, weight, gate, bias=None):
+    return F.linear(x, weight * gate, bias)
 
 
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
 @pytest.mark.parametrize("gate_shape", GATES)
 def test_gated_linear_equals_autograd_through_the_product(gate_shape, batch, form):
-    """Value and all three gradients in float64, where only the order of sums differs."""
+    """Value and all four gradients in float64, where only the order of sums differs."""
     tensors = inputs(gate_shape, batch=batch)
     for ours, theirs in zip(gradients(functional.gated_linear, tensors), gradients(plain, tensors), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
@@ -67,7 +67,7 @@ def test_gated_linear_has_no_wrong_second_derivative(form):
             torch.autograd.grad(first, tensors, create_graph=True)
 
 
-@pytest.mark.parametrize("frozen", [0, 1, 2])
+@pytest.mark.parametrize("frozen", [0, 1, 2, 3])
 def test_gated_linear_skips_what_needs_no_gradient(frozen, form):
     """The gradients that are left do not depend on which one is not."""
     tensors = inputs("scalar")
@@ -75,7 +75,7 @@ def test_gated_linear_skips_what_needs_no_gradient(frozen, form):
     tensors[frozen].requires_grad_(False)
     output = functional.gated_linear(*tensors)
     output.backward(torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output))
-    assert [t.grad is None for t in tensors] == [i == frozen for i in range(3)]
+    assert [t.grad is None for t in tensors] == [i == frozen for i in range(4)]
     for ours, theirs in zip([t.grad for t in tensors if t.grad is not None], expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
@@ -85,15 +85,15 @@ def test_gated_linear_used_twice_adds_up_its_gradients(form):
     tensors = inputs("scalar")
 
     def twice(product):
-        return lambda x, weight, gate: product(x, weight, gate) + product(x.sin(), weight, gate)
+        return lambda x, *others: product(x, *others) + product(x.sin(), *others)
 
     found, expected = gradients(twice(functional.gated_linear), tensors), gradients(twice(plain), tensors)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-# Dtypes of (x, W, α), and whether autocast to bfloat16 is on: eager float32, the trainer's amp_bf16, FSDP's mixed
-# precision with every parameter in bfloat16, and the same with the gates left in float32.
+# Dtypes of x, W (b has it too) and α, and whether autocast to bfloat16 is on: eager float32, the trainer's amp_bf16,
+# FSDP's mixed precision with every parameter in bfloat16, and the same with the gates left in float32.
 PRECISIONS = {
     "float32": ((torch.float32, torch.float32, torch.float32), False),
     "autocast": ((torch.float32, torch.float32, torch.float32), True),
@@ -113,14 +113,15 @@ def test_gated_linear_is_as_exact_as_the_plain_product(precision, compiled, form
     """
     dtypes, autocast = PRECISIONS[precision]
     generator = torch.Generator().manual_seed(0)
-    shapes = [(64, 128), (96, 128), (1,)]
+    dtypes = (*dtypes, dtypes[1])
+    shapes = [(64, 128), (96, 128), (1,), (96,)]
     tensors = [torch.randn(s, generator=generator).to(d) for s, d in zip(shapes, dtypes, strict=True)]
     exact = gradients(plain, [t.double().requires_grad_() for t in tensors])
     unit = torch.finfo(torch.float32 if precision == "float32" else torch.bfloat16).eps / 2
 
-    def reference(x, weight, gate):
+    def reference(x, weight, gate, bias):
         dtype = torch.bfloat16 if autocast else x.dtype
-        return F.linear(x.to(dtype), (weight * gate).to(dtype))
+        return F.linear(x.to(dtype), (weight * gate).to(dtype), bias.to(dtype))
 
     torch._dynamo.reset()
     ours = torch.compile(functional.gated_linear, backend="aot_eager", fullgraph=True)
