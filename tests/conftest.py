@@ -35,10 +35,10 @@ def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """A checkpoint of every case of `tests.trained`, and what its model computes, by name."""
-    from tests.trained import CASES, train_case
+    """Every case of `tests.trained`, by name: a checkpoint, merged models, and what its model computes."""
+    from tests.trained import train_cases
 
-    return {name: train_case(text_data, tmp_path_factory.mktemp(name), *CASES[name]) for name in CASES}
+    return train_cases(text_data, tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture(scope="session")

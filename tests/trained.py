@@ -97,6 +97,15 @@ def train_case(data: Path, folder: Path, *overrides: str) -> Trained:
     return Trained(folder, ids, logits(composer.model, ids))
 
 
+def train_cases(data: Path, folder: Path) -> dict[str, Trained]:
+    """Train every case, with merged models in the same folder where a plain model can express it."""
+    runs = {}
+    for case, overrides in CASES.items():
+        saves = [merged_saves(folder / case)] if case in EXPRESSIBLE else []
+        runs[case] = train_case(data, folder / case, *overrides, *saves)
+    return runs
+
+
 def train_sharded(data: Path, folder: Path) -> dict[str, Trained]:
     """Train on this job's processes, with sharded checkpoints and merged models in the same folders."""
     fsdp = ["fsdp_config={sharding_strategy: FULL_SHARD, state_dict_type: sharded}", "model.init_device=mixed"]
