@@ -62,11 +62,16 @@ def _read_folder(path: Path) -> Checkpoint:
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{path}: no .safetensors file; pickled weights are not read.")
+    weights: dict[str, torch.Tensor] = {}
+    file = path / "config.json"
     try:
-        config = json.loads((path / "config.json").read_text())
-        weights = {name: weight for file in files for name, weight in load_file(file).items()}
-    except (json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"{path}: damaged ({error}).") from error
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"a {type(config).__name__} instead of an object")
+        for file in files:
+            weights |= load_file(file)
+    except (ValueError, SafetensorError) as error:  # also of JSON and of UTF-8
+        raise ValueError(f"{file}: damaged ({error}).") from error
     return Checkpoint(config, weights, _read_tokenizer(path))
 
 

@@ -87,16 +87,22 @@ def _open_csv(path: Path, mode: str) -> IO[str]:
 
 def _read_csv(path: Path) -> dict[str, Scalars]:
     points = defaultdict(lambda: defaultdict(list))
-    with _open_csv(path, "r") as file:
-        rows = csv.reader(file)
-        if next(rows, None) != ["run", "metric", "step", "value"]:
-            raise ValueError(f"{path}: the first line must be run,metric,step,value")
-        for row in rows:
-            try:
-                run, metric, step, value = row
-                points[run][metric].append((int(step), float(value)))
-            except ValueError:
-                raise ValueError(f"{path}, line {rows.line_num}: {row} is not run,metric,step,value") from None
+    try:
+        with _open_csv(path, "r") as file:
+            rows = csv.reader(file)
+            if next(rows, None) != ["run", "metric", "step", "value"]:
+                raise ValueError(f"{path}: the first line must be run,metric,step,value")
+            for row in rows:
+                try:
+                    run, metric, step, value = row
+                    points[run][metric].append((int(np.int64(step)), float(value)))
+                except (ValueError, OverflowError):
+                    raise ValueError(
+                        f"{path}, line {rows.line_num}: {row} is not run,metric,step,value, "
+                        "with a whole number below 2**63 as step"
+                    ) from None
+    except (csv.Error, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: damaged ({error}); fetch or write it again") from error
     if not points:
         raise ValueError(f"{path}: no rows below the header")
     return {run: {key: _series(found) for key, found in metrics.items()} for run, metrics in points.items()}
@@ -118,7 +124,7 @@ def read_runs(path: str | Path) -> dict[str, Scalars]:
 
     Raises:
         FileNotFoundError: Nothing is at `path`, or the folder has no event files.
-        ValueError: There are no metrics at `path`, or it is another kind of file.
+        ValueError: There are no metrics at `path`, or it is damaged or another kind of file.
     """
     path = Path(path)
     if path.is_dir():

@@ -132,13 +132,16 @@ def read_rows(path: str | Path) -> list[Row]:
     """Reads a `runs.csv`.
 
     Raises:
-        ValueError: It has other columns.
+        ValueError: It is damaged or has other columns.
     """
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file)
-        if rows.fieldnames != list(COLUMNS):
-            raise ValueError(f"{path}: its columns are not those of this version; use a new folder")
-        return list(rows)
+    try:
+        with Path(path).open(newline="", encoding="utf-8") as file:
+            rows = csv.DictReader(file)
+            if rows.fieldnames != list(COLUMNS):
+                raise ValueError(f"{path}: its columns are not those of this version; use a new folder")
+            return list(rows)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: damaged ({error}); restore it or use a new folder") from error
 
 
 def _mean(values: np.ndarray, form: str) -> str:

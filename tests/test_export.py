@@ -153,6 +153,10 @@ def test_what_cannot_be_read_or_expressed_leaves_nothing(command, trained, expor
     damaged = shutil.copytree(exported["wesar"], tmp_path / "damaged")
     with open(damaged / "model.safetensors", "r+b") as file:
         file.truncate(100_000)
+    configs = {tmp_path / name: text for name, text in (("list", b"[]"), ("text", b'"x"'), ("latin", b'{"a": "\xff"}'))}
+    for path, text in configs.items():
+        shutil.copytree(exported["wesar"], path)
+        (path / "config.json").write_bytes(text)
     pickled = shutil.copytree(exported["wesar"], tmp_path / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     partial = shutil.copytree(exported["wesar"], tmp_path / "partial")
@@ -166,7 +170,8 @@ def test_what_cannot_be_read_or_expressed_leaves_nothing(command, trained, expor
     (foreign / "config.json").write_text('{"model_type": "gpt2"}')
     inexpressible = next(iter(INEXPRESSIBLE))
     for path, words in {
-        damaged: "damaged",
+        damaged: "damaged/model.safetensors: damaged (",
+        **{path: f"{path.name}/config.json: damaged (" for path in configs},
         pickled: "no .safetensors file; pickled weights are not read",
         partial: "weights are missing, such as transformer.blocks.2",
         coded: "its tokenizer needs code of its own, which is not run; replace it, or remove tokenizer_config.json",

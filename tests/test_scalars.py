@@ -1,3 +1,4 @@
+import lzma
 import re
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from llmfoundry_wesar.scalars import (
     write_csv,
 )
 from tests.logged_runs import pretraining, record
+
+HEADER = b"run,metric,step,value\n"
 
 
 def assert_holds(read: scalars.Scalars, logged: dict[str, dict[int, float]]) -> None:
@@ -178,17 +181,27 @@ def test_csv_gives_back_the_same_bits(tmp_path: Path, name: str):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "the first line must be run,metric,step,value"),
-        ("step,value\n0,1.0\n", "the first line must be run,metric,step,value"),
-        ("run,metric,step,value\n", "no rows below the header"),
-        ("run,metric,step,value\na,loss/train/total,0,1.5\na,loss/train/total,one,1.5\n", "line 3"),
-        ("run,metric,step,value\na,loss/train/total,0\n", "line 2"),
+        (b"", "the first line must be run,metric,step,value"),
+        (b"step,value\n0,1.0\n", "the first line must be run,metric,step,value"),
+        (HEADER, "no rows below the header"),
+        (HEADER + b"a,loss/train/total,0,1.5\na,loss/train/total,one,1.5\n", "line 3"),
+        (HEADER + b"a,loss/train/total,0\n", "line 2"),
+        (HEADER + b"a,loss/train/total,12345678901234567890,1.5\n", r"line 2: .* below 2\*\*63 as step"),
+        (HEADER + b"\xff,loss/train/total,0,1.5\n", r"damaged \(.*byte 0xff"),
+        (HEADER + b"a" * 200_000, r"damaged \(field larger"),
     ],
 )
-def test_csv_that_is_no_such_table_is_refused(tmp_path: Path, content: str, message: str):
-    (tmp_path / "curves.csv").write_text(content)
+def test_csv_that_is_no_such_table_is_refused(tmp_path: Path, content: bytes, message: str):
+    (tmp_path / "curves.csv").write_bytes(content)
     with pytest.raises(ValueError, match=f"curves.csv.*{message}"):
         read_runs(tmp_path / "curves.csv")
+
+
+@pytest.mark.parametrize("content", [HEADER, lzma.compress(HEADER)[:-20], b""])
+def test_compressed_csv_that_is_not_xz_or_cut_off_is_refused(tmp_path: Path, content: bytes):
+    (tmp_path / "curves.csv.xz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"curves.csv.xz: damaged \("):
+        read_runs(tmp_path / "curves.csv.xz")
 
 
 def test_paths_without_logs_are_refused(tmp_path: Path):

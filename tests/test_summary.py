@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 from llmfoundry_wesar.scalars import read_scalars
-from llmfoundry_wesar.summary import COLUMNS, draw_curves, largest_jump, measure, spikes, table, write_table
+from llmfoundry_wesar.summary import (
+    COLUMNS,
+    draw_curves,
+    largest_jump,
+    measure,
+    read_rows,
+    spikes,
+    table,
+    write_table,
+)
 from tests.logged_runs import record
 
 NOISE = [1.0, 3.0] * 64  # mean 2, standard deviation 1
@@ -90,6 +99,12 @@ def test_a_run_without_a_needed_metric_is_no_result(missing):
     scalars = {key: (np.arange(3), np.ones(3, np.float32)) for key in keys if key != missing}
     with pytest.raises(ValueError, match="training loss" if "loss" in missing else missing):
         measure(scalars, "metrics/eval/LanguageCrossEntropy")
+
+
+def test_rows_that_cannot_be_decoded_are_refused_with_the_name_of_their_file(tmp_path):
+    (tmp_path / "runs.csv").write_bytes(",".join(COLUMNS).encode() + b"\nwesar\xff")
+    with pytest.raises(ValueError, match=r"runs\.csv: damaged \(.*byte 0xff"):
+        read_rows(tmp_path / "runs.csv")
 
 
 def test_table_has_mean_sample_deviation_and_count_of_finished_runs():
