@@ -120,6 +120,7 @@ def prepare(
     sizes = {} if hub else manifest["bytes"]  # unknown for a stream
     partial = out / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
+    new = not out.exists()
     partial.mkdir(parents=True)
     try:
         if kept:
@@ -144,6 +145,8 @@ def prepare(
                 (partial / split).rename(out / split)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if new and not any(out.iterdir()):
+            out.rmdir()
     return {split: _sequences(out / split) for split in parts}
 
 

@@ -336,14 +336,14 @@ def plot(
         smooth: As in `draw`.
         x: As in `draw`.
         csv: A file for the logged values of the curves that the picture shows; it serves as one of `paths`.
-        tabled: Whether that file also gets what `table` sums up.
+        tabled: Whether a `table` is wanted too: the runs must have what it sums up, and that file gets it.
 
     Returns:
         Name → all metrics.
 
     Raises:
         FileNotFoundError: As in `load_runs`.
-        ValueError: As in `load_runs` and `draw`, or another suffix of `out` or `csv`.
+        ValueError: As in `load_runs`, `draw` and, if `tabled`, `table`, or another suffix of `out` or `csv`.
     """
     if Path(out).suffix not in _SUFFIXES:
         raise ValueError(f"{out}: a picture is a file of type {', '.join(_SUFFIXES)}")
@@ -351,6 +351,8 @@ def plot(
         raise ValueError(f"{csv}: the curves' values go into a .csv file")
     runs = load_runs(paths, labels)
     picture = draw(figure, runs, layer, smooth, x)
+    if tabled:
+        table(runs)  # so that what it lacks is known before anything is written
     if csv is not None:
         part = shown(figure, runs, layer, x)
         write_csv(csv, {run: part[run] | (_summed_up(runs[run]) if tabled else {}) for run in runs})
@@ -382,11 +384,16 @@ def table(runs: Mapping[str, Scalars]) -> str:
     title, width = "median ‖ΔW_d‖/‖W_d‖ ÷ ‖ΔW_u‖/‖W_u‖", max(map(len, ["run", *runs]))
     lines = [f"| {'run':{width}} | final loss | held-out loss | {title} |"]
     lines.append(f"|{'-' * (width + 2)}|-----------:|--------------:|{'-' * len(title)}-:|")
-    for curve in select("1", runs):
-        if curve.family == "loss":
-            _, losses = runs[curve.run][curve.metric]
-            quotient = median_update_ratio_quotient(runs[curve.run])
-            held_out = next((f"{runs[curve.run][key][1][-1]:.3f}" for key in _held_out(runs[curve.run])), "–")
-            cells = [f"{losses[-10:].mean(dtype=float):10.3f}", f"{held_out:>13}"]
-            lines.append(f"| {curve.run:{width}} | {' | '.join(cells)} | {quotient:{len(title)}.2f} |")
+    for run, scalars in runs.items():
+        found = find_curves(run, scalars, "loss")
+        if not found:
+            raise ValueError(f"run {run!r} has no loss metrics: train {_HOW_TO_LOG['loss']}, or leave out --table")
+        try:
+            quotient = median_update_ratio_quotient(scalars)
+        except ValueError as error:
+            raise ValueError(f"run {run!r} has {error}, or leave out --table") from None
+        _, losses = scalars[found[0].metric]
+        held_out = next((f"{scalars[key][1][-1]:.3f}" for key in _held_out(scalars)), "–")
+        cells = [f"{losses[-10:].mean(dtype=float):10.3f}", f"{held_out:>13}"]
+        lines.append(f"| {run:{width}} | {' | '.join(cells)} | {quotient:{len(title)}.2f} |")
     return "\n".join(lines)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from typer.testing import CliRunner
@@ -40,10 +39,6 @@ def runs(log_dir: Path, logged: Logged) -> dict[str, Scalars]:
 def lines(figure: Figure) -> dict[str, Line2D]:
     """The curves by label; what is drawn behind a smoothed curve has none."""
     return {str(line.get_label()): line for axis in figure.axes for line in axis.lines if line.get_label()[0] != "_"}
-
-
-def axis_of(figure: Figure, label: str) -> Axes:
-    return lines(figure)[label].axes
 
 
 def expected_metrics(figure: str) -> dict[str, list[str]]:
@@ -324,9 +319,18 @@ def test_table_has_the_losses_and_the_quotient_from_logs_and_from_its_csv(
         # The plain run was not evaluated.
         held_out = [f"{loss:.3f}" for loss in logged[run].get("metrics/eval/LanguageCrossEntropy", {}).values()]
         assert row == [run, f"{final:.3f}", (held_out or ["–"])[-1], f"{quotient:.2f}"]
-    without = {"run": {"loss/train/total": (np.array([0]), np.float32([1]))}}
-    with pytest.raises(ValueError, match="run 'run' has no update_ratio metrics of W_d and W_u"):
-        table(without)
+
+
+def test_a_table_that_a_run_lacks_the_metrics_of_leaves_nothing_half_done(tmp_path: Path):
+    write_csv(tmp_path / "one.csv", {"one": {"loss/train/total": (np.array([0]), np.float32([1]))}})
+    options = ["--out", str(tmp_path / "2.png"), "--csv", str(tmp_path / "2.csv"), "--figure", "2", "--table"]
+    result = CliRunner().invoke(app, ["plot", str(tmp_path / "one.csv"), *options])
+    assert result.exit_code == 1
+    (line,) = result.output.splitlines()
+    assert "run 'one' has no update ratios of W_d and W_u" in line and line.endswith(", or leave out --table")
+    assert list(tmp_path.iterdir()) == [tmp_path / "one.csv"]
+    with pytest.raises(ValueError, match=r"run 'none' has no loss metrics: .* --table"):
+        table({"none": {}})
 
 
 def test_command_says_errors_in_one_line(tmp_path: Path):
