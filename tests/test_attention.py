@@ -17,7 +17,6 @@ from tests.recorder import Recorder
 from tests.tiny import build
 
 HEADS, WIDTH, LENGTH = 4, 48, 37
-HEAD_WIDTH = WIDTH // HEADS
 
 
 def attention(cls: type[GroupedQueryAttention], kv_n_heads: int = HEADS, **kwargs: Any) -> GroupedQueryAttention:

@@ -31,7 +31,7 @@ def test_every_registered_name_builds(kind, name):
         "optimizers": lambda: build_optimizer(model, name, {"lr": 0.1}),
         "config_transforms": lambda: registry.config_transforms.get(name)({}) == {},
         "module_init_fns": lambda: registry.module_init_fns.get(name)(model, init_fn_=nn.init.zeros_) is False,
-        "param_init_fns": lambda: callable(registry.param_init_fns.get(name)),
+        "param_init_fns": lambda: registry.param_init_fns.get(name)(nn.LayerNorm(4), 1, 4, **KEYS[name]) is None,
     }[kind]
     assert build()
 
