@@ -48,6 +48,17 @@ def ratio(values: Readings, baseline: Readings, paired: bool = True) -> list[flo
     return [np.median(ratios)] if rank < 0 else [np.median(ratios), ratios[rank], ratios[-1 - rank]]
 
 
+def _commit() -> str:
+    """The commit of the code, `-dirty` if anything but results differs from it; empty without a repository."""
+    git = ["git", "-C", str(Path(__file__).parents[1]), "--no-optional-locks"]
+    commit, changes = (
+        subprocess.run([*git, *command], capture_output=True, text=True).stdout.strip()
+        # A series of measurements appends to a file that git knows.
+        for command in (["describe", "--always"], ["status", "--porcelain", "--untracked-files=no", ":!results"])
+    )
+    return f"{commit}-dirty" if commit and changes else commit
+
+
 class Recorder:
     """Measures on one device, and appends a row to a CSV as soon as it is known.
 
@@ -62,8 +73,7 @@ class Recorder:
 
     def __init__(self, path: Path, device: str, commit: str | None = None):
         if commit is None:
-            git = ["git", "-C", str(Path(__file__).parent), "--no-optional-locks", "describe", "--always", "--dirty"]
-            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+            commit = _commit()
         if not commit:
             raise ValueError("--commit: a result names its commit, and here is no git repository to ask.")
         cpu = f"{os.cpu_count()} × {get_cpu_model()}, {torch.get_num_threads()} threads"
