@@ -14,7 +14,7 @@ from llmfoundry.models.utils.config_defaults import init_config_defaults
 from llmfoundry.models.utils.param_init_fns import generic_param_init_fn_, summon_dtensor
 from torch import Tensor, nn
 
-from llmfoundry_wesar.layers import GainInit, Reparameterized
+from llmfoundry_wesar.layers import GainInit, Reparameterized, ScaledEmbedding
 
 Backbone = Literal["he", "small"]
 
@@ -176,8 +176,8 @@ def init_matrix(
     elif module.bias is not None:
         nn.init.zeros_(module.bias)
     if isinstance(module, Reparameterized) and sigma is not None:
-        # Embedding scaling: the embedding's output has variance 1 whatever the backbone.
-        virtual_std = 1.0 if role.name == "W_e" else std
+        # Embedding scaling: its output has variance 1 whatever the backbone, by its gate or by its constant.
+        virtual_std = 1.0 / module.scale if isinstance(module, ScaledEmbedding) else std
         module.start_gate_(virtual_std / sigma, init_fn_.gain_init)
     return True
 

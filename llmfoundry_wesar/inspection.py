@@ -89,14 +89,13 @@ def _matrix(module: nn.Linear | nn.Embedding, role: Role, config: Any, lr: float
     divisor = 1.0 if divisor is False else math.sqrt(2 * config.n_layers) if divisor is True else float(divisor)
     backbone = init.get("backbone", "small" if init["name"] == "small_init_" else "he")
     if isinstance(module, nn.Embedding):
-        wanted = 1.0 if isinstance(module, Reparameterized) else config.embedding_std
+        wanted = 1.0 / scale if isinstance(module, Reparameterized) else config.embedding_std
     else:
         wanted = backbone_std(role, backbone, columns, config.d_model, divisor)
     std, gate = wanted, None
     if isinstance(module, Reparameterized):
         std = init["sigma"]
         gate, wanted = module.expected_start((rows, columns), std, wanted, init.get("gain_init", "method"))
-    scale = module.scale if isinstance(module, ScaledEmbedding) else 1.0
     return Matrix(role.name, (rows, columns), 1, type(module).__name__, wanted * scale, std, gate, lr / std)
 
 
@@ -107,6 +106,7 @@ def inspect_config(config: dict[str, Any]) -> Inspection:
         config: A training config, as `load_config` returns it.
 
     Returns:
+    scale = module.scale if isinstance(module, ScaledEmbedding) else 1.0
         One row for each role and shape, in the order of the model.
 
     Raises:

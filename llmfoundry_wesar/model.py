@@ -21,7 +21,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from llmfoundry_wesar.attention import drop_full_mask
 from llmfoundry_wesar.initialization import ROLES, activation_gain, assign_roles, backbone_std, check_init_config
-from llmfoundry_wesar.layers import EMBEDDINGS, GatedLinear, Reparameterized, WeightNormLinear
+from llmfoundry_wesar.layers import EMBEDDINGS, Gated, GatedLinear, Reparameterized, WeightNormLinear
 from llmfoundry_wesar.losses import LossHead, LossLinear, LossTerms, cross_entropy
 
 # Init functions that draw each matrix by its role; the first is for reparameterised layers, the second for plain ones.
@@ -56,7 +56,7 @@ class WeSaRMPTConfig(MPTConfig):
     Args:
         z_loss: Coefficient of the mean squared log-partition added to the loss (paper, Table 3: 1e-4).
         embedding_scaling: Multiply the embedding's output by 1/σ_e, a constant (Takase et al. 2023). WeSaR has that in
-            the gate of W_e instead.
+            the gate of W_e instead, unless this is set: then that gate starts at 1.
         embedding_norm: Put a norm of `norm_type` on the embedding (Le Scao et al. 2022).
         residual_scaling: Multiply every residual branch by 1/√2N (Noci et al. 2022; paper, appendix C.3).
         norm_placement: `pre`, or `post` for Post-LN.
@@ -100,6 +100,8 @@ class WeSaRMPTConfig(MPTConfig):
         """σ_e, the standard deviation that the embedding's virtual weight starts with, before its output is scaled."""
         init, fc_class = self.init_config, self.fc_class
         if issubclass(fc_class, Reparameterized):
+        if issubclass(fc_class, Gated):
+            return init["sigma"]
             shape = (self.vocab_size, self.d_model)
             return fc_class.expected_start(shape, init["sigma"], 1.0, init.get("gain_init", "method"))[1]
         if init.get("emb_init_std"):

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from llmfoundry_wesar.layers import Gated, Reparameterized
 from llmfoundry_wesar.methods import load, names
 from llmfoundry_wesar.model import ComposerWeSaRMPTCausalLM
-from tests.tiny import batch, build, model_config
+from tests.tiny import PAPER_SIGMA, batch, build, model_config
 
 PLAIN = {"init_config": {"name": "small_init_"}}
 
@@ -260,4 +260,13 @@ def test_a_tokenizer_that_does_not_fit_is_refused():
     with pytest.raises(
         ValueError, match=r"model\.vocab_size: 97 is smaller than the tokenizer's 98 tokens: set it to 98"
     ):
+def test_wesar_can_have_its_embedding_scale_in_a_constant():
+    """The other reading of Table 1: the same function to fp32 rounding, and an α_e of 1."""
+    by_gate, by_constant = build("wesar"), build("wesar", embedding_scaling=True)
+    wte = by_constant.model.transformer.wte
+    assert wte.scale == pytest.approx(1 / PAPER_SIGMA, rel=1e-7) and wte.gate.item() == pytest.approx(1, rel=1e-6)
+    assert by_gate.model.transformer.wte.scale == 1
+    torch.testing.assert_close(logits(by_constant), logits(by_gate), rtol=1e-4, atol=1e-5)
+
+
         ComposerWeSaRMPTCausalLM(tokenizer=tokenizer, **model_config("wesar"))
