@@ -13,6 +13,7 @@ app = Typer(
     help="Prepare data for, look into and draw llm-foundry runs with WeSaR.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
+    rich_markup_mode=None,  # it would take [@SPLIT] for markup, and drop it
 )
 
 
@@ -22,7 +23,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        echo(f"llmfoundry-wesar: {error}", err=True)
+        echo(f"llmfoundry-wesar: {' '.join(str(error).split())}", err=True)
         raise Exit(1) from None
 
 
@@ -44,9 +45,9 @@ def inspect(
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what each matrix of a config's model starts at, and count its parameters, without allocating them."""
-    from llmfoundry_wesar.inspection import inspect_config, load_config
+    with one_line_errors(), _few_remarks():
+        from llmfoundry_wesar.inspection import inspect_config, load_config
 
-    with one_line_errors():
         inspection = inspect_config(load_config(config, overrides))
     echo(json.dumps(inspection.to_dict(), indent=2) if as_json else str(inspection))
 
@@ -177,7 +178,8 @@ def compare(
                 echo(f"  {shlex.join(run.command)}")
         echo(f"{len(unfinished)} of {len(runs)} runs to do")
     else:
-        echo(f"{len(runs) - len(unfinished)} of {len(runs)} runs finished, see {out}/table.md and {out}/curves.png")
+        files = [str(path) for path in (out / "table.md", out / "curves.png") if path.exists()]
+        echo(f"{len(runs) - len(unfinished)} of {len(runs)} runs finished, see {' and '.join(files)}")
         if unfinished:
             raise Exit(1)
 
@@ -231,10 +233,14 @@ def evaluate(
     """Score a model with the columns of the paper's Tables 5 and 8, through lm-evaluation-harness."""
     with one_line_errors(), _few_remarks():
         from llmfoundry_wesar.evaluate import evaluate
+        from llmfoundry_wesar.scalars import replacing
 
         if out is not None and out.exists():
             raise FileExistsError(f"{out} exists; choose another name or remove it.")
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)  # found wanting now rather than hours later
         evaluation = evaluate(model, tasks, data, limit, batch_size, device, dtype)
         echo(str(evaluation))
         if out is not None:
-            out.write_text(json.dumps(evaluation.to_dict(), indent=2))
+            with replacing(out) as partial:
+                partial.write_text(json.dumps(evaluation.to_dict(), indent=2))

@@ -115,7 +115,8 @@ def plan(
             `eval_loader` or that `inspect_config` refuses.
     """
     pairs = [text.partition("=") for text in vary]
-    sweeps = [[f"{key}={value}" for value in values.split(",") if value] for key, _, values in pairs]
+    # Not at the commas of a list in brackets, which is one value.
+    sweeps = [[f"{key}={value}" for value in re.split(r",(?![^\[]*\])", values) if value] for key, _, values in pairs]
     lists = {"methods": methods, "seeds": seeds} | {
         f"vary {text}": sweep for text, sweep in zip(vary, sweeps, strict=True)
     }
@@ -315,10 +316,13 @@ def run_series(runs: Sequence[Run], out: str | Path) -> list[Row]:
         FileExistsError: As in `results`.
         KeyboardInterrupt: On SIGTERM or ctrl-C.
         RuntimeError: Another series, or a trainer that one left behind, still runs in the folder.
-        ValueError: As in `results`, or the YAML is no longer that of the plan.
+        ValueError: As in `results`, or the YAML is no longer that of the plan, or its data are not there.
     """
     out = Path(out).resolve()
-    results(runs, out)
+    finished = {row["run"] for row in results(runs, out) if row["status"] == "finished"}
+    for run in runs:
+        if run.name not in finished:
+            load_config(run.config, list(run.overrides), check_data=True)
     on_term = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with _locked(out) as lock:

@@ -107,6 +107,26 @@ def backbone_std(role: Role, backbone: Backbone, fan_in: int, d_model: int, div_
     return std / div_is_residual if role.residual else std
 
 
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def residual_divisor(init_div_is_residual: Any, n_layers: int) -> float:
+    """What `model.init_config.init_div_is_residual` divides σ_o and σ_d by: True √2N, a number itself, False nothing.
+
+    Raises:
+        ValueError: If it is neither a boolean nor a positive number.
+    """
+    if isinstance(init_div_is_residual, bool):
+        return math.sqrt(2 * n_layers) if init_div_is_residual else 1.0
+    if not _is_positive(init_div_is_residual):
+        raise ValueError(
+            f"model.init_config.init_div_is_residual: {init_div_is_residual!r} is neither a boolean nor a positive "
+            "number; the paper's is true, √2N."
+        )
+    return float(init_div_is_residual)
+
+
 @dataclass(frozen=True)
 class MatrixInit:
     """How to draw the matrices; `generic_param_init_fn_` carries it to `init_matrix` as its `init_fn_`.
@@ -132,13 +152,7 @@ class MatrixInit:
 
 
 @summon_dtensor
-def init_matrix(
-    module: nn.Module,
-    init_fn_: Any,
-    init_div_is_residual: int | float | str | bool = True,
-    div_is_residual: float = 1.0,
-    **_: Any,
-) -> bool:
+def init_matrix(module: nn.Module, init_fn_: Any, div_is_residual: float = 1.0, **_: Any) -> bool:
     """Initialise a matrix that has a role, and refuse a reparameterised layer to every plain init function.
 
     Returns:
@@ -166,8 +180,7 @@ def init_matrix(
             f"{type(module).__name__} is not: set `model.fc_type: {{name: {'torch' if sigma is None else 'wesar'}}}`, "
             f"or `model.init_config.name: {'wesar_' if sigma is None else 'he_init_'}`."
         )
-    divisor = div_is_residual if init_div_is_residual is not False else 1.0
-    std = backbone_std(role, init_fn_.backbone, module.weight.size(1), init_fn_.d_model, divisor)
+    std = backbone_std(role, init_fn_.backbone, module.weight.size(1), init_fn_.d_model, div_is_residual)
     nn.init.normal_(module.weight, std=std if sigma is None else sigma)
     if isinstance(module, nn.Embedding):
         if module.padding_idx is not None:
@@ -197,16 +210,17 @@ def check_init_config(
         sigma: As for `wesar_`.
         backbone: As for `wesar_`.
         gain_init: As for `wesar_`.
-        init_div_is_residual: Foundry's, and checked there.
+        init_div_is_residual: As for `residual_divisor`.
         **kwargs: Everything else; foundry fills in its defaults for all init functions, and those pass.
 
     Raises:
         ValueError: If a key is unknown or a value is not among those that it may have.
     """
+    residual_divisor(init_div_is_residual, 1)
     known = {"init_div_is_residual"}
     if name == "wesar_":
         known |= {"sigma", "backbone", "gain_init"}
-        if not isinstance(sigma, int | float) or not sigma > 0:
+        if not _is_positive(sigma):
             raise ValueError(
                 f"model.init_config.sigma: {sigma!r} is not a positive number; the paper's is 0.0063245553 (σ² = 4e-5)."
             )
@@ -230,7 +244,7 @@ def wesar_(
     sigma: float | None = None,
     backbone: Backbone = "he",
     gain_init: GainInit = "method",
-    init_div_is_residual: int | float | str | bool = True,
+    init_div_is_residual: int | float | bool = True,
     **kwargs: Any,
 ) -> None:
     r"""Start every actual weight at one σ and let its gate carry the scale (Nishida et al. 2024, section 4.1, Table 1).
@@ -253,7 +267,7 @@ def wesar_(
         ValueError: If a key is unknown, σ is missing or not positive, or a matrix has no gate or no role.
     """
     kwargs.pop("name", None)
-    check_init_config("wesar_", sigma, backbone, gain_init, **kwargs)
+    check_init_config("wesar_", sigma, backbone, gain_init, init_div_is_residual, **kwargs)
     assert sigma is not None
     init = MatrixInit(backbone, d_model, float(sigma), gain_init)
     generic_param_init_fn_(module, init, n_layers, d_model, init_div_is_residual)
@@ -263,7 +277,7 @@ def he_init_(
     module: nn.Module,
     n_layers: int,
     d_model: int,
-    init_div_is_residual: int | float | str | bool = True,
+    init_div_is_residual: int | float | bool = True,
     **kwargs: Any,
 ) -> None:
     r"""He initialisation of plain layers as the paper has it (Table 1).
@@ -283,5 +297,5 @@ def he_init_(
         ValueError: If a key is unknown, or a matrix is reparameterised or has no role.
     """
     kwargs.pop("name", None)
-    check_init_config("he_init_", **kwargs)
+    check_init_config("he_init_", init_div_is_residual=init_div_is_residual, **kwargs)
     generic_param_init_fn_(module, MatrixInit("he", d_model), n_layers, d_model, init_div_is_residual)

@@ -106,6 +106,8 @@ class Gated(Reparameterized):
     def _add_gate(self, gate_shape: GateShape, trainable: bool) -> None:
         if gate_shape not in get_args(GateShape):
             raise ValueError(f"model.fc_type.gate_shape: {gate_shape!r} is not one of scalar, row, column.")
+        if not isinstance(trainable, bool):
+            raise ValueError(f"model.fc_type.trainable: {trainable!r} is not one of true, false.")
         self.gate_shape = gate_shape
         # Never 0-dimensional: FSDP refuses to shard a scalar.
         size = {"scalar": 1, "row": self.weight.size(0), "column": self.weight.size(1)}[gate_shape]
@@ -151,7 +153,7 @@ class GatedLinear(Gated, nn.Linear):
         bias: (O,).
 
     Raises:
-        ValueError: If `gate_shape` is unknown.
+        ValueError: If `gate_shape` is unknown, or `trainable` no boolean.
 
     >>> layer = GatedLinear(8, 4, bias=False)
     >>> {name: tuple(p.shape) for name, p in layer.named_parameters()}

@@ -5,15 +5,16 @@ import functools
 import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
-from llmfoundry.layers_registry import fcs
+from llmfoundry.layers_registry import fcs, param_init_fns
 from llmfoundry.models.layers.blocks import MPTBlock
 from llmfoundry.models.layers.layer_builders import build_norm
 from llmfoundry.models.mpt.configuration_mpt import MPTConfig
 from llmfoundry.models.mpt.modeling_mpt import ComposerMPTCausalLM, MPTForCausalLM, MPTModel
+from llmfoundry.models.utils.config_defaults import init_config_defaults
 from torch import Tensor, nn
 from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -44,8 +45,8 @@ _LOSS_HEADS: dict[type[nn.Module], type[LossHead]] = {
 }
 
 
-def arguments(cls: type) -> list[str]:
-    """The names that a class has itself for what it is built with, without *args and **kwargs."""
+def arguments(cls: Callable) -> list[str]:
+    """The names that a class has itself for what it is built with, without *args and **kwargs; so for a function."""
     parameters = inspect.signature(cls).parameters.values()
     return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
@@ -99,9 +100,9 @@ class WeSaRMPTConfig(MPTConfig):
     def embedding_std(self) -> float:
         """σ_e, the standard deviation that the embedding's virtual weight starts with, before its output is scaled."""
         init, fc_class = self.init_config, self.fc_class
-        if issubclass(fc_class, Reparameterized):
         if issubclass(fc_class, Gated):
             return init["sigma"]
+        if issubclass(fc_class, Reparameterized):
             shape = (self.vocab_size, self.d_model)
             return fc_class.expected_start(shape, init["sigma"], 1.0, init.get("gain_init", "method"))[1]
         if init.get("emb_init_std"):
@@ -129,7 +130,10 @@ class WeSaRMPTConfig(MPTConfig):
 
     def _validate_config(self) -> None:
         super()._validate_config()
-        if not isinstance(self.z_loss, int | float) or self.z_loss < 0:
+        for key in ("embedding_scaling", "embedding_norm", "residual_scaling", "fused_loss"):
+            if not isinstance(value := getattr(self, key), bool):
+                raise ValueError(f"model.{key}: {value!r} is not one of true, false.")
+        if isinstance(self.z_loss, bool) or not isinstance(self.z_loss, int | float) or not 0 <= self.z_loss < math.inf:
             raise ValueError(f"model.z_loss: {self.z_loss!r} is not a number ≥ 0; the paper's is 1.0e-4.")
         if self.norm_placement not in ("pre", "post"):
             raise ValueError(f"model.norm_placement: {self.norm_placement!r} is not one of pre, post.")
@@ -173,6 +177,11 @@ class WeSaRMPTConfig(MPTConfig):
                 "model.attn_config.fused_qkv: true would give W_q, W_k and W_v one gate between them: set it to false."
             )
         if init not in _ROLE_INITS:
+            known = {*init_config_defaults, *arguments(param_init_fns.get(init))}
+            for key in self.init_config.keys() - known:
+                raise ValueError(
+                    f"model.init_config.{key}: {self.init_config[key]!r} is not used by {init}; remove it."
+                )
             return
         check_init_config(**self.init_config)
         if self.init_config.get("backbone", "he") == "he":
@@ -190,10 +199,11 @@ class WeSaRMPTConfig(MPTConfig):
 
 
 def check_keys(model: Mapping[str, Any]) -> None:
-    """Refuse a key of a YAML's `model` section that nothing would read; a config keeps it without a word.
+    """Refuse what a config itself would take without a word in a YAML's `model` section.
 
     Raises:
-        ValueError: If neither foundry's model, nor its config or that one's base, nor `WeSaRMPTConfig` have it.
+        ValueError: If neither foundry's model, nor its config or that one's base, nor `WeSaRMPTConfig` have a key, or
+            the options of the loss do not go together.
     """
     own = {*arguments(ComposerMPTCausalLM), *arguments(MPTConfig), *arguments(WeSaRMPTConfig)}
     own.add("fuse_norm_attn_norm")  # foundry's blocks read it, although no signature has it
@@ -205,6 +215,11 @@ def check_keys(model: Mapping[str, Any]) -> None:
                 f"model.{key}: {value!r} is of no use, since wesar_mpt_causal_lm has no such key; "
                 + (f"did you mean {close[0]}?" if close else "remove it.")
             )
+    loss_fn = model.get("loss_fn", "torch_crossentropy")
+    if model.get("z_loss") and loss_fn != "torch_crossentropy":
+        raise ValueError(f"model.loss_fn: {loss_fn} has no z-loss; set model.loss_fn: torch_crossentropy.")
+    if model.get("fused_loss") and model.get("use_train_metrics", True):
+        raise ValueError("model.fused_loss: true leaves no logits for metrics: set model.use_train_metrics: false.")
 
 
 class _Scale(nn.Module):
@@ -341,11 +356,7 @@ class ComposerWeSaRMPTCausalLM(ComposerMPTCausalLM):
                 f"model.vocab_size: {vocab_size} is smaller than the tokenizer's {len(tokenizer)} tokens: set it to "
                 f"{len(tokenizer)} or more, or train a smaller tokenizer."
             )
-        check_keys(kwargs)
-        if kwargs.get("z_loss") and loss_fn != "torch_crossentropy":
-            raise ValueError(f"model.loss_fn: {loss_fn} has no z-loss; set model.loss_fn: torch_crossentropy.")
-        if kwargs.get("fused_loss") and kwargs.get("use_train_metrics", True):
-            raise ValueError("model.fused_loss: true leaves no logits for metrics: set model.use_train_metrics: false.")
+        check_keys({"loss_fn": loss_fn, **kwargs})
         super().__init__(tokenizer=tokenizer, loss_fn=loss_fn, **kwargs)
 
     @property

@@ -123,10 +123,11 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs.csv", "thesis.tex"]
 
 
-def test_a_config_that_changes_under_a_series_stops_it(tmp_path):
+def test_a_config_that_changes_under_a_series_stops_it(tmp_path, data):
     """Otherwise a run would be recorded under the hash of another one."""
     (tmp_path / "train.yaml").write_text(Path(CONFIG).read_text())
-    runs = plan(str(tmp_path / "train.yaml"), ["wesar"], [1], tmp_path / "out", overrides=TINY)
+    own = [*TINY, f"variables.data={data}"]
+    runs = plan(str(tmp_path / "train.yaml"), ["wesar"], [1], tmp_path / "out", overrides=own)
     (tmp_path / "train.yaml").write_text(Path(CONFIG).read_text().replace("weight_decay: 0.01", "weight_decay: 0.02"))
     with pytest.raises(ValueError, match="changed while the series ran"):
         run_series(runs, tmp_path / "out")
@@ -159,7 +160,7 @@ def test_an_interrupted_series_ends_as_if_it_had_not_been(tmp_path, data):
     out = tmp_path / "out"
     overrides = [*TINY, f"variables.data={data}"]
     arguments = ["compare", CONFIG, *overrides, "--methods", "small_init", "--seeds", "1", "--out", str(out), "--vary"]
-    first, second = plan(CONFIG, ["small_init"], [1], out, ["optimizer.lr=1e-3,2e-3"], overrides)
+    first, second = plan(CONFIG, ["small_init"], [1], out, ["optimizer.eps=1e-8,1e-2"], overrides)
     log = out / "logs" / f"{second.name}.txt"
 
     # The tool is killed while the second trainer runs, which goes on and keeps the folder locked.
@@ -168,7 +169,7 @@ def test_an_interrupted_series_ends_as_if_it_had_not_been(tmp_path, data):
         "-c",
         "from llmfoundry_wesar.cli import app; app()",
         *arguments,
-        "optimizer.lr=1e-3,2e-3",
+        "optimizer.eps=1e-8,1e-2",
     ]
     tool = subprocess.Popen(command)
     wait_for(lambda: tool.poll() is not None or (log.exists() and "[batch=1/" in log.read_text()))
@@ -203,14 +204,14 @@ def test_an_interrupted_series_ends_as_if_it_had_not_been(tmp_path, data):
     assert read_rows(out / "runs.csv") == [row]
 
     # The rest, with a run before it that the optimizer refuses.
-    arguments.append("optimizer.lr=1e-3,-1,2e-3")
+    arguments.append("optimizer.eps=1e-8,-1,1e-2")
     ended = CliRunner().invoke(app, arguments)
     assert ended.exit_code == 1 and "2 of 3 runs finished" in ended.output
     rows = read_rows(out / "runs.csv")
     assert rows[0] == row and [row["status"] for row in rows] == ["finished", "failed", "finished"]
     failed_log = out / "logs" / f"{rows[1]['run']}.txt"
     assert f"failed (exit code 1), see {failed_log}" in ended.output
-    assert "Invalid learning rate" in failed_log.read_text()
+    assert "Invalid epsilon value" in failed_log.read_text()
     assert {path: path.stat().st_mtime_ns for path in kept} == kept and not partial.exists()
 
     # What is recorded is what was logged.
@@ -224,7 +225,7 @@ def test_an_interrupted_series_ends_as_if_it_had_not_been(tmp_path, data):
     # d = 32, N = 2, V = 64: embedding and W_p, 12 d² a block, five RMSNorms of width d.
     assert int(rows[2]["parameters"]) == 2 * 64 * 32 + 2 * 12 * 32**2 + 5 * 32
     assert 0 < float(rows[2]["tokens_per_second"]) < math.inf and 0.1 < float(rows[2]["peak_memory_gb"]) < 50
-    # One seed: the same weights and the same first batch, to the last bit, whatever the learning rate.
+    # One seed: the same weights and the same first batch, to the last bit, whatever the optimizer's ε.
     assert logged[0]["loss/train/loss"][1][0] == losses[0]
     assert logged[0]["loss/train/loss"][1][-1] != losses[-1]
     assert (out / "table.md").read_text().startswith(table(rows))
@@ -240,9 +241,21 @@ def test_an_interrupted_series_ends_as_if_it_had_not_been(tmp_path, data):
     assert f"failed: {rows[1]['run']}\n" in shown.output and "1 of 3 runs to do" in shown.output
 
 
-def test_a_killed_run_is_reported_without_a_row(tmp_path, capsys):
+def test_a_series_without_its_data_does_not_start(tmp_path):
+    runs = make(tmp_path / "out", overrides=[f"variables.data={tmp_path}/none"])
+    with pytest.raises(ValueError, match=r"train_loader: there is no data in .*/none/train; .* change variables\.data"):
+        run_series(runs, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_list_in_brackets_is_one_value(tmp_path):
+    runs = make(tmp_path, vary=["optimizer.betas=[0.9,0.95],[0.9,0.99]"])
+    assert [run.variation for run in runs] == ["optimizer.betas=[0.9,0.95]", "optimizer.betas=[0.9,0.99]"]
+
+
+def test_a_killed_run_is_reported_without_a_row(tmp_path, data, capsys):
     """A trainer that a signal ends says nothing about its method."""
-    (run,) = make(tmp_path / "out")
+    (run,) = make(tmp_path / "out", overrides=[f"variables.data={data}"])
     command = (sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     assert run_series([replace(run, command=command)], tmp_path / "out") == []
     assert f"{run.name}: killed by SIGKILL" in capsys.readouterr().out

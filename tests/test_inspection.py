@@ -94,10 +94,44 @@ def test_the_command(tmp_path):
         (["yamls/130m.yaml", "model.attn_config.rope_impl=dail"], "flash_attn"),
         (["yamls/130m.yaml", "optimizer=null"], "optimizer.lr is missing"),
         (["pyproject.toml"], "pyproject.toml"),
+        (["results/quickstart.png"], "results/quickstart.png"),
+        (["yamls/130m.yaml", "modle.d_model=512"], "did you mean model?"),
+        (["yamls/130m.yaml", "foo=512"], "under `variables`"),
+        (["yamls/130m.yaml", "model.d_model"], "'model.d_model' is no override"),
+        (["yamls/130m.yaml", "optimizer.betas=[0.9"], "optimizer.betas=[0.9"),
+        (["yamls/130m.yaml", "optimizer.lr=null"], "optimizer.lr: None is not a positive number"),
+        (["yamls/130m.yaml", "optimizer.lr=-1"], "optimizer.lr: -1 is not a positive number"),
+        (["yamls/130m.yaml", "model.d_model=abc"], "model: no model can be built"),
+        (["yamls/130m.yaml", "model.n_heads=null"], "model: no model can be built"),
+        (["yamls/130m.yaml", "model.ffn_config=mptglu"], "model: no model can be built"),
+        (["yamls/130m.yaml", "model.init_config=wesar_"], "model: no model can be built"),
+        (["yamls/130m.yaml", "model.init_config.sigma=.inf"], "sigma: inf is not a positive number"),
+        (["yamls/130m.yaml", "model.init_config.init_div_is_residual=-2"], "-2 is neither a boolean nor a positive"),
+        (
+            ["yamls/130m.yaml", "model.init_config.init_div_is_residual=abc"],
+            "'abc' is neither a boolean nor a positive",
+        ),
+        (["yamls/130m.yaml", "model.z_loss=true"], "model.z_loss: True is not a number"),
+        (
+            ["yamls/130m.yaml", "model.residual_scaling=none"],
+            "model.residual_scaling: 'none' is not one of true, false",
+        ),
+        (["yamls/130m.yaml", "model.fc_type.trainable=abc"], "model.fc_type.trainable: 'abc' is not one of"),
+        (["yamls/130m.yaml", "model.loss_fn=fused_crossentropy"], "model.loss_fn: fused_crossentropy has no z-loss"),
+        (["yamls/130m.yaml", "model.fused_loss=true", "model.use_train_metrics=true"], "set model.use_train_metrics"),
+        (
+            ["yamls/130m.yaml", "variables.method=small_init", "model.init_config.sigma=0.1"],
+            "sigma: 0.1 is not used by small_init_",
+        ),
     ],
 )
 def test_a_wrong_config_is_one_line(arguments, message):
     run = CliRunner().invoke(app, ["inspect", *arguments])
-    assert run.exit_code == 1
-    assert message in run.output
-    assert "Traceback" not in run.output
+    assert isinstance(run.exception, SystemExit) and run.exit_code == 1
+    [line] = run.stderr.splitlines()
+    assert message in line
+
+
+def test_the_help_keeps_what_stands_in_brackets():
+    text = " ".join(CliRunner().invoke(app, ["data", "--help"]).output.split())
+    assert "hf:NAME[:CONFIG][@SPLIT]" in text and "[default: 32000]" in text

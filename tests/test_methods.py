@@ -55,6 +55,11 @@ def test_an_unknown_name_lists_the_known_ones(kind, known):
         expand({"variables": {kind: "wezar"}})
 
 
+def test_variables_that_are_no_mapping_are_refused():
+    with pytest.raises(ValueError, match="variables: 'wesar' is no mapping"):
+        expand({"variables": "wesar"})
+
+
 @pytest.mark.parametrize(
     ("missing", "loader"),
     [

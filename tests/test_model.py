@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 import torch
@@ -66,6 +67,16 @@ def test_weight_decay_spares_gates_and_norms_but_no_matrix(method):
     assert all(n.endswith(".gate") or "norm" in n for n in spared)
     assert len(spared) == (5 + 16 if method == "wesar" else 6)
     assert len(decayed) == 16
+
+
+def test_weight_decay_takes_no_matrix_for_a_norm_where_foundry_fuses_them():
+    """Its name for W_q is then blocks.0.norm_attn_norm.attn.Wq."""
+    model = build("wesar", fuse_norm_attn_norm=True)
+    [group] = load("setting", "rapid").optimizer.param_groups
+    spared = {name for name, _ in model.named_parameters() if re.search(group.param_str_match, name)}
+    matrices = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Gated)}
+    assert any("norm_attn_norm.attn.Wq" in name for name in matrices)
+    assert spared == {name for name, _ in model.named_parameters()} - matrices
 
 
 @pytest.mark.parametrize("backbone", ["he", "small"])
@@ -249,6 +260,15 @@ def test_embedding_scaling_follows_the_embeddings_own_init():
         assert wte(torch.arange(97)).std().item() == pytest.approx(1, rel=0.06)
 
 
+def test_wesar_can_have_its_embedding_scale_in_a_constant():
+    """The other reading of Table 1: the same function to fp32 rounding, and an α_e of 1."""
+    by_gate, by_constant = build("wesar"), build("wesar", embedding_scaling=True)
+    wte = by_constant.model.transformer.wte
+    assert wte.scale == pytest.approx(1 / PAPER_SIGMA, rel=1e-7) and wte.gate.item() == pytest.approx(1, rel=1e-6)
+    assert by_gate.model.transformer.wte.scale == 1
+    torch.testing.assert_close(logits(by_constant), logits(by_gate), rtol=1e-4, atol=1e-5)
+
+
 def test_embedding_scaling_needs_a_known_scale():
     with pytest.raises(ValueError, match=r"embedding_scaling: true needs σ_e, and .* kaiming_normal_"):
         build(None, embedding_scaling=True)
@@ -260,13 +280,4 @@ def test_a_tokenizer_that_does_not_fit_is_refused():
     with pytest.raises(
         ValueError, match=r"model\.vocab_size: 97 is smaller than the tokenizer's 98 tokens: set it to 98"
     ):
-def test_wesar_can_have_its_embedding_scale_in_a_constant():
-    """The other reading of Table 1: the same function to fp32 rounding, and an α_e of 1."""
-    by_gate, by_constant = build("wesar"), build("wesar", embedding_scaling=True)
-    wte = by_constant.model.transformer.wte
-    assert wte.scale == pytest.approx(1 / PAPER_SIGMA, rel=1e-7) and wte.gate.item() == pytest.approx(1, rel=1e-6)
-    assert by_gate.model.transformer.wte.scale == 1
-    torch.testing.assert_close(logits(by_constant), logits(by_gate), rtol=1e-4, atol=1e-5)
-
-
         ComposerWeSaRMPTCausalLM(tokenizer=tokenizer, **model_config("wesar"))

@@ -66,6 +66,8 @@ def expand(config: dict[str, Any], check_data: bool = True) -> dict[str, Any]:
         ValueError: If the method or setting is not known, or a folder is not there.
     """
     variables = config.get("variables") or {}
+    if not isinstance(variables, dict):
+        raise ValueError(f"variables: {variables!r} is no mapping; write `variables: {{name: value}}`.")
     defaults = [load(kind, variables[kind]) for kind in _FOLDERS if variables.get(kind) is not None]
     if not defaults:
         return config
