@@ -107,8 +107,9 @@ def backbone_std(role: Role, backbone: Backbone, fan_in: int, d_model: int, div_
     return std / div_is_residual if role.residual else std
 
 
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+def is_number(value: Any) -> bool:
+    """Whether a value of a config is a number; Python takes a boolean for one."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def residual_divisor(init_div_is_residual: Any, n_layers: int) -> float:
@@ -119,7 +120,7 @@ def residual_divisor(init_div_is_residual: Any, n_layers: int) -> float:
     """
     if isinstance(init_div_is_residual, bool):
         return math.sqrt(2 * n_layers) if init_div_is_residual else 1.0
-    if not _is_positive(init_div_is_residual):
+    if not is_number(init_div_is_residual) or not 0 < init_div_is_residual < math.inf:
         raise ValueError(
             f"model.init_config.init_div_is_residual: {init_div_is_residual!r} is neither a boolean nor a positive "
             "number; the paper's is true, √2N."
@@ -220,7 +221,7 @@ def check_init_config(
     known = {"init_div_is_residual"}
     if name == "wesar_":
         known |= {"sigma", "backbone", "gain_init"}
-        if not _is_positive(sigma):
+        if not is_number(sigma) or not 0 < sigma < math.inf:
             raise ValueError(
                 f"model.init_config.sigma: {sigma!r} is not a positive number; the paper's is 0.0063245553 (σ² = 4e-5)."
             )

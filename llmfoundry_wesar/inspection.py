@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from yaml import YAMLError
 
-from llmfoundry_wesar.initialization import Role, backbone_std, residual_divisor
+from llmfoundry_wesar.initialization import Role, backbone_std, is_number, residual_divisor
 from llmfoundry_wesar.layers import Reparameterized, ScaledEmbedding
 from llmfoundry_wesar.methods import expand
 from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM, check_keys
@@ -139,7 +139,7 @@ def inspect_config(config: dict[str, Any]) -> Inspection:
     if name != "wesar_mpt_causal_lm":
         raise ValueError(f"model.name: {name!r} has no roles to inspect; use wesar_mpt_causal_lm.")
     lr = config["optimizer"]["lr"]
-    if isinstance(lr, bool) or not isinstance(lr, int | float) or not lr > 0:
+    if not is_number(lr) or not lr > 0:
         raise ValueError(f"optimizer.lr: {lr!r} is not a positive number; the paper's is 1.0e-3 (rapid) or 5.0e-4.")
     check_keys(model_config)
     for key in ("loss_fn", "use_train_metrics", "additional_train_metrics", "master_weights_dtype"):

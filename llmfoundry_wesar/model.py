@@ -21,7 +21,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from llmfoundry_wesar.attention import drop_full_mask
-from llmfoundry_wesar.initialization import ROLES, activation_gain, assign_roles, backbone_std, check_init_config
+from llmfoundry_wesar.initialization import (
+    ROLES,
+    activation_gain,
+    assign_roles,
+    backbone_std,
+    check_init_config,
+    is_number,
+)
 from llmfoundry_wesar.layers import EMBEDDINGS, Gated, GatedLinear, Reparameterized, WeightNormLinear
 from llmfoundry_wesar.losses import LossHead, LossLinear, LossTerms, cross_entropy
 
@@ -133,7 +140,7 @@ class WeSaRMPTConfig(MPTConfig):
         for key in ("embedding_scaling", "embedding_norm", "residual_scaling", "fused_loss"):
             if not isinstance(value := getattr(self, key), bool):
                 raise ValueError(f"model.{key}: {value!r} is not one of true, false.")
-        if isinstance(self.z_loss, bool) or not isinstance(self.z_loss, int | float) or not 0 <= self.z_loss < math.inf:
+        if not is_number(self.z_loss) or not 0 <= self.z_loss < math.inf:
             raise ValueError(f"model.z_loss: {self.z_loss!r} is not a number ≥ 0; the paper's is 1.0e-4.")
         if self.norm_placement not in ("pre", "post"):
             raise ValueError(f"model.norm_placement: {self.norm_placement!r} is not one of pre, post.")
