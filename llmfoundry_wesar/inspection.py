@@ -1,6 +1,5 @@
 """What a config would train, worked out without allocating a weight: `llmfoundry-wesar inspect`."""
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -13,7 +12,7 @@ from yaml import YAMLError
 from llmfoundry_wesar.initialization import Role, backbone_std, is_number, residual_divisor
 from llmfoundry_wesar.layers import Reparameterized, ScaledEmbedding
 from llmfoundry_wesar.methods import expand
-from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM, check_keys
+from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM, check_keys, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -94,11 +93,8 @@ def load_config(path: str, overrides: list[str] | None = None, check_data: bool 
             raise ValueError(f"{text}: {error}") from error
     for key in loaded:
         if key not in TRAIN_CONFIG_KEYS:
-            close = difflib.get_close_matches(str(key), TRAIN_CONFIG_KEYS)
-            raise ValueError(
-                f"{key}: no key of a training config; "
-                + (f"did you mean {close[0]}?" if close else "put what other keys refer to under `variables`.")
-            )
+            fix = did_you_mean(str(key), TRAIN_CONFIG_KEYS, "put what other keys refer to under `variables`.")
+            raise ValueError(f"{key}: no key of a training config; {fix}")
     return expand(OmegaConf.to_container(loaded, resolve=True), check_data)  # type: ignore[arg-type]
 
 

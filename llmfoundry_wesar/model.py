@@ -5,7 +5,7 @@ import functools
 import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -205,6 +205,12 @@ class WeSaRMPTConfig(MPTConfig):
             )
 
 
+def did_you_mean(key: str, known: Iterable[str], otherwise: str) -> str:
+    """What to do about an unknown key: take the known one that is spelt like it, or what to do if none is."""
+    close = difflib.get_close_matches(key, known)
+    return f"did you mean {close[0]}?" if close else otherwise
+
+
 def check_keys(model: Mapping[str, Any]) -> None:
     """Refuse what a config itself would take without a word in a YAML's `model` section.
 
@@ -217,10 +223,9 @@ def check_keys(model: Mapping[str, Any]) -> None:
     known = own | vars(PretrainedConfig()).keys()
     for key, value in model.items():
         if key not in known:
-            close = difflib.get_close_matches(key, own)
             raise ValueError(
                 f"model.{key}: {value!r} is of no use, since wesar_mpt_causal_lm has no such key; "
-                + (f"did you mean {close[0]}?" if close else "remove it.")
+                + did_you_mean(key, own, "remove it.")
             )
     loss_fn = model.get("loss_fn", "torch_crossentropy")
     if model.get("z_loss") and loss_fn != "torch_crossentropy":
