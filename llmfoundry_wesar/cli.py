@@ -79,9 +79,9 @@ def plot(
     from llmfoundry_wesar import plot as plotting
 
     with one_line_errors():
-        drawn = plotting.plot(runs, out, figure, layer, label or (), smooth, x, csv, table)
-        if table:
-            echo(plotting.table(drawn))
+        summed_up = plotting.plot(runs, out, figure, layer, label or (), smooth, x, csv, table)
+        if summed_up is not None:
+            echo(summed_up)
 
 
 def token_count(text: str) -> int:

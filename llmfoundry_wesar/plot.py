@@ -324,7 +324,7 @@ def plot(
     x: str = "step",
     csv: str | Path | None = None,
     tabled: bool = False,
-) -> dict[str, Scalars]:
+) -> str | None:
     """Reads runs and writes the picture of a figure.
 
     Args:
@@ -339,7 +339,7 @@ def plot(
         tabled: Whether a `table` is wanted too: the runs must have what it sums up, and that file gets it.
 
     Returns:
-        Name → all metrics.
+        The `table`, if `tabled`.
 
     Raises:
         FileNotFoundError: As in `load_runs`.
@@ -351,14 +351,13 @@ def plot(
         raise ValueError(f"{csv}: the curves' values go into a .csv file")
     runs = load_runs(paths, labels)
     picture = draw(figure, runs, layer, smooth, x)
-    if tabled:
-        table(runs)  # so that what it lacks is known before anything is written
+    summed_up = table(runs) if tabled else None  # before anything is written: a run may lack what it needs
     if csv is not None:
         part = shown(figure, runs, layer, x)
         write_csv(csv, {run: part[run] | (_summed_up(runs[run]) if tabled else {}) for run in runs})
     with replacing(out) as partial:
         picture.savefig(partial, dpi=200)
-    return runs
+    return summed_up
 
 
 def _held_out(scalars: Scalars) -> list[str]:
