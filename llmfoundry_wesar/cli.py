@@ -235,9 +235,9 @@ def evaluate(
         from llmfoundry_wesar.evaluate import evaluate
         from llmfoundry_wesar.scalars import replacing
 
-        if out is not None and out.exists():
-            raise FileExistsError(f"{out} exists; choose another name or remove it.")
         if out is not None:
+            if out.exists():
+                raise FileExistsError(f"{out} exists; choose another name or remove it.")
             out.parent.mkdir(parents=True, exist_ok=True)  # found wanting now rather than hours later
         evaluation = evaluate(model, tasks, data, limit, batch_size, device, dtype)
         echo(str(evaluation))
