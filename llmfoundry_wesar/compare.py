@@ -194,6 +194,10 @@ def results(runs: Sequence[Run], out: str | Path) -> list[Row]:
     return [found[run.config_hash] for run in runs if run.config_hash in found]
 
 
+def _finished(runs: Sequence[Run], out: Path) -> set[str]:
+    return {row["run"] for row in results(runs, out) if row["status"] == "finished"}
+
+
 @contextmanager
 def _locked(out: Path) -> Iterator[IO[str]]:
     """Make the folder if need be, and keep others out of it while this process or a trainer that it started lives."""
@@ -319,14 +323,14 @@ def run_series(runs: Sequence[Run], out: str | Path) -> list[Row]:
         ValueError: As in `results`, or the YAML is no longer that of the plan, or its data are not there.
     """
     out = Path(out).resolve()
-    finished = {row["run"] for row in results(runs, out) if row["status"] == "finished"}
+    done = _finished(runs, out)
     for run in runs:
-        if run.name not in finished:
+        if run.name not in done:
             load_config(run.config, list(run.overrides), check_data=True)
     on_term = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with _locked(out) as lock:
-            done = [row["run"] for row in results(runs, out) if row["status"] == "finished"]
+            done = _finished(runs, out)  # again, since another series may have ended here meanwhile
             # Without smoothing the remaining time is by the mean of the runs so far. None: no bar off a terminal.
             with tqdm(total=len(runs), initial=len(done), smoothing=0, bar_format=_BAR, disable=None) as bar:
                 for number, run in enumerate((run for run in runs if run.name not in done), len(done) + 1):
