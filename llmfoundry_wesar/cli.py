@@ -76,7 +76,7 @@ def plot(
     ] = False,
 ) -> None:
     """Draw the paper's figures from the logs of runs."""
-    from llmfoundry_wesar import plot as plotting
+    from llmfoundry_wesar.runs import plot as plotting
 
     with one_line_errors():
         summed_up = plotting.plot(runs, out, figure, layer, label or (), smooth, x, csv, table)
@@ -121,7 +121,7 @@ def data(
     --val-fraction 0.0005; or, to evaluate on: llmfoundry-wesar data LAMBADA --source
     hf:EleutherAI/lambada_openai:default@test --tokenizer OUT/tokenizer --val-fraction 1 --no-shuffle
     """
-    from llmfoundry_wesar.data import prepare
+    from llmfoundry_wesar.data.shards import prepare
 
     with one_line_errors():
         splits = prepare(
@@ -162,7 +162,7 @@ def compare(
     import shlex
 
     with one_line_errors(), _few_remarks():
-        from llmfoundry_wesar.compare import plan, results, run_series
+        from llmfoundry_wesar.runs.compare import plan, results, run_series
 
         lists = [[value for value in text.split(",") if value] for text in (methods, seeds)]
         if wrong := [seed for seed in lists[1] if not seed.isdecimal()]:
@@ -195,7 +195,7 @@ def export(
 ) -> None:
     """Merge the gates of a checkpoint, and everything else that plain models lack, into a plain model."""
     with one_line_errors(), _few_remarks():
-        from llmfoundry_wesar.export import export
+        from llmfoundry_wesar.export.files import export
 
         export(checkpoint, out, format, dtype)  # type: ignore[arg-type]
 
@@ -210,7 +210,7 @@ def reparameterize(
     with one_line_errors(), _few_remarks():
         from omegaconf import OmegaConf
 
-        from llmfoundry_wesar.export import reparameterize
+        from llmfoundry_wesar.export.files import reparameterize
 
         section = reparameterize(model, out, method)
     echo(OmegaConf.to_yaml({"model": section}), nl=False)
@@ -233,7 +233,7 @@ def evaluate(
     """Score a model with the columns of the paper's Tables 5 and 8, through lm-evaluation-harness."""
     with one_line_errors(), _few_remarks():
         from llmfoundry_wesar.evaluate import evaluate
-        from llmfoundry_wesar.scalars import replacing
+        from llmfoundry_wesar.runs.scalars import replacing
 
         if out is not None:
             if out.exists():

@@ -20,10 +20,10 @@ from llmfoundry.models.mpt.modeling_mpt import MPTForCausalLM
 from torch import Tensor, nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from llmfoundry_wesar import evaluation_data
 from llmfoundry_wesar.attention import flash_or_stock_attention
-from llmfoundry_wesar.conversion import merge
-from llmfoundry_wesar.export import load
+from llmfoundry_wesar.data import evaluation as evaluation_data
+from llmfoundry_wesar.export.conversion import merge
+from llmfoundry_wesar.export.files import load
 from llmfoundry_wesar.model import WeSaRMPTForCausalLM
 
 SHOTS = 3  # paper, section 5.4
@@ -239,7 +239,7 @@ def evaluate(
     """Score a model.
 
     Args:
-        path: What `export` writes, or a checkpoint itself: as for `export.load`.
+        path: What `export` writes, or a checkpoint itself: as for `files.load`.
         tasks: `paper` for all, or names of `TASKS` with commas between them.
         data: Local copies of the data (see `evaluation_data`); None for the Hugging Face Hub.
         limit: Score only the first so many examples of each task.

@@ -8,8 +8,8 @@ from typing import Annotated
 from typer import Argument, Option, Typer, echo
 
 from llmfoundry_wesar.cli import one_line_errors
-from llmfoundry_wesar.scalars import replacing
-from llmfoundry_wesar.summary import table
+from llmfoundry_wesar.runs.scalars import replacing
+from llmfoundry_wesar.runs.summary import table
 from results import learning_rates, methods, norms, perplexity, relative_step, seeds, spikes, update_ratios
 from results.evidence import FOLDER, SIZES, Evidence, Lacking, Verdict, run, save
 

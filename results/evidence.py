@@ -16,9 +16,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
-from llmfoundry_wesar.compare import Run, plan, results, run_series
-from llmfoundry_wesar.scalars import Scalars, find_curves, read_scalars, replacing, write_csv
-from llmfoundry_wesar.summary import COLUMNS, Row, read_rows
+from llmfoundry_wesar.runs.compare import Run, plan, results, run_series
+from llmfoundry_wesar.runs.scalars import Scalars, find_curves, read_scalars, replacing, write_csv
+from llmfoundry_wesar.runs.summary import COLUMNS, Row, read_rows
 
 FOLDER = Path(__file__).parent
 KEPT = ("loss/train/loss", "metrics/eval/", "update_ratio/", "weight_norm/", "grad_norm/", "gate/")

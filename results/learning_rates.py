@@ -6,9 +6,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from llmfoundry_wesar.plot import COLOURS
-from llmfoundry_wesar.scalars import Scalars
-from llmfoundry_wesar.summary import SPIKE_WINDOW
+from llmfoundry_wesar.runs.plot import COLOURS
+from llmfoundry_wesar.runs.scalars import Scalars
+from llmfoundry_wesar.runs.summary import SPIKE_WINDOW
 from results.evidence import (
     FEWEST,
     LEARNING_RATE,

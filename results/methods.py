@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from statistics import fmean
 
-from llmfoundry_wesar.plot import COLOURS
+from llmfoundry_wesar.runs.plot import COLOURS
 from results.evidence import LEARNING_RATE, MAIN, SEEDS, Evidence, Interval, Lacking, Series, Verdict, interval, paired
 from results.pictures import dots, panels
 

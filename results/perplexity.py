@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from llmfoundry_wesar.evaluate import evaluate
-from llmfoundry_wesar.export import export
+from llmfoundry_wesar.export.files import export
 from results.evidence import MAIN, SEEDS, Evidence, Lacking, Verdict, append, interval, paired
 
 TASKS = ("wikitext", "lambada")

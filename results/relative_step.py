@@ -2,7 +2,7 @@
 
 import math
 
-from llmfoundry_wesar.plot import COLOURS
+from llmfoundry_wesar.runs.plot import COLOURS
 from results.evidence import LEARNING_RATE, SEEDS, Evidence, Lacking, Series, Verdict, interval, paired
 from results.learning_rates import median_update_ratio
 from results.pictures import dots, panels

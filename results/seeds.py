@@ -3,7 +3,7 @@
 import numpy as np
 from scipy import stats
 
-from llmfoundry_wesar.plot import COLOURS
+from llmfoundry_wesar.runs.plot import COLOURS
 from results.evidence import MAIN, MAIN_SEEDS, Evidence, Series, Verdict, decide
 from results.pictures import dots, panels
 

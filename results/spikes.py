@@ -2,7 +2,7 @@
 
 import math
 
-from llmfoundry_wesar.summary import SPIKE_WINDOW, spike_steps
+from llmfoundry_wesar.runs.summary import SPIKE_WINDOW, spike_steps
 from results.evidence import Evidence, Lacking, Series, Verdict, by_role, decide, interval, jumped
 
 # Any run may have a spike; none is made for this claim.

@@ -9,12 +9,12 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from llmfoundry_wesar.cli import app
-from llmfoundry_wesar.compare import plan, run_series
-from llmfoundry_wesar.data import prepare
+from llmfoundry_wesar.data.evaluation import rows
+from llmfoundry_wesar.data.shards import prepare
 from llmfoundry_wesar.evaluate import TASKS, Evaluation, evaluate, round_weights, token_perplexity
-from llmfoundry_wesar.evaluation_data import rows
-from llmfoundry_wesar.export import export, load
-from llmfoundry_wesar.scalars import read_scalars
+from llmfoundry_wesar.export.files import export, load
+from llmfoundry_wesar.runs.compare import plan, run_series
+from llmfoundry_wesar.runs.scalars import read_scalars
 from tests.distributed import REPOSITORY
 from tests.evaluation_files import LAMBADA, write
 from tests.trained import LENGTH, TEXT, VOCABULARY

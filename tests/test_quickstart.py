@@ -10,11 +10,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from llmfoundry_wesar.data.evaluation import rows
 from llmfoundry_wesar.evaluate import TASKS, token_perplexity
-from llmfoundry_wesar.evaluation_data import rows
-from llmfoundry_wesar.export import load
+from llmfoundry_wesar.export.files import load
 from llmfoundry_wesar.model import WeSaRMPTForCausalLM
-from llmfoundry_wesar.scalars import read_scalars
+from llmfoundry_wesar.runs.scalars import read_scalars
 from tests.distributed import REPOSITORY
 from tests.evaluation_files import write
 from tests.transformers5 import load_in_transformers5

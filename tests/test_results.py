@@ -10,9 +10,9 @@ import pytest
 from scipy import stats
 from typer.testing import CliRunner
 
-from llmfoundry_wesar.plot import table as quickstart_table
-from llmfoundry_wesar.scalars import Scalars, load_runs
-from llmfoundry_wesar.summary import COLUMNS, read_rows, spike_steps, table
+from llmfoundry_wesar.runs.plot import table as quickstart_table
+from llmfoundry_wesar.runs.scalars import Scalars, load_runs
+from llmfoundry_wesar.runs.summary import COLUMNS, read_rows, spike_steps, table
 from results import learning_rates, methods, norms, relative_step, seeds, spikes, update_ratios
 from results.__main__ import CLAIMS, app
 from results.evidence import FOLDER, MAIN_SEEDS, SEEDS, Evidence, Lacking, Series, keep, paired, run

@@ -12,7 +12,7 @@ from composer.loggers import InMemoryLogger
 from composer.utils import dist
 from llmfoundry.command_utils import train_from_yaml
 
-from llmfoundry_wesar.export import export, reparameterize
+from llmfoundry_wesar.export.files import export, reparameterize
 from llmfoundry_wesar.methods import names
 from tests.distributed import REPOSITORY, launch
 

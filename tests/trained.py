@@ -9,7 +9,7 @@ import torch
 from llmfoundry.command_utils import train_from_yaml
 from torch import Tensor
 
-from llmfoundry_wesar.data import prepare
+from llmfoundry_wesar.data.shards import prepare
 from llmfoundry_wesar.methods import names
 from tests.distributed import REPOSITORY
 

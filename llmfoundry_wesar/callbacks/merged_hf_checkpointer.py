@@ -12,7 +12,7 @@ from llmfoundry.callbacks.hf_checkpointer import HuggingFaceCheckpointer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from llmfoundry_wesar.conversion import hf_config, to_hf
+from llmfoundry_wesar.export.conversion import hf_config, to_hf
 from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmfoundry_wesar.export import export, load
+from llmfoundry_wesar.export.files import export, load
 from tests.trained import (
     CASES,
     EXPRESSIBLE,

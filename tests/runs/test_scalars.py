@@ -12,7 +12,7 @@ from torch import nn
 
 from llmfoundry_wesar import initialization, scalars
 from llmfoundry_wesar.callbacks.update_ratio_monitor import UpdateRatioMonitor
-from llmfoundry_wesar.scalars import (
+from llmfoundry_wesar.runs.scalars import (
     find_curves,
     load_runs,
     median_update_ratio_quotient,

@@ -27,7 +27,7 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.models.gpt2.tokenization_gpt2_fast import GPT2TokenizerFast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from llmfoundry_wesar.corpus import HUB, Corpus, batches, find_files, open_hub, progress_bar, splits
+from llmfoundry_wesar.data.corpus import HUB, Corpus, batches, find_files, open_hub, progress_bar, splits
 
 __all__ = ["prepare"]
 

@@ -37,8 +37,8 @@ from tqdm import tqdm
 
 from llmfoundry_wesar.inspection import inspect_config, load_config
 from llmfoundry_wesar.methods import load
-from llmfoundry_wesar.scalars import read_scalars, replacing
-from llmfoundry_wesar.summary import COLUMNS, Row, draw_curves, measure, read_rows, write_table
+from llmfoundry_wesar.runs.scalars import read_scalars, replacing
+from llmfoundry_wesar.runs.summary import COLUMNS, Row, draw_curves, measure, read_rows, write_table
 
 # What a run is called, where it writes and what it prints; `variables` act through the keys that refer to them.
 _NO_EFFECT = {"autoresume", "console_log_interval", "flatten_metadata", "log_config", "log_to_console", "loggers"}
@@ -215,7 +215,7 @@ def _locked(out: Path) -> Iterator[IO[str]]:
 
 
 def _conditions(nproc: int | None) -> dict[str, str]:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     commit = importlib.metadata.version("llmfoundry_wesar")
     # In site-packages git would find the repository of a project around it.
     if (root / ".git").exists():

@@ -19,11 +19,11 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from llmfoundry_wesar.cli import app
-from llmfoundry_wesar.compare import plan, results, run_series
-from llmfoundry_wesar.scalars import read_scalars
-from llmfoundry_wesar.summary import read_rows, table
+from llmfoundry_wesar.runs.compare import plan, results, run_series
+from llmfoundry_wesar.runs.scalars import read_scalars
+from llmfoundry_wesar.runs.summary import read_rows, table
 
-CONFIG = str(Path(__file__).parents[1] / "yamls/quickstart.yaml")
+CONFIG = str(Path(__file__).parents[2] / "yamls/quickstart.yaml")
 LENGTH, VOCABULARY, BATCH, BATCHES = 16, 64, 8, 4
 # The quickstart with a model of two blocks, d = 32.
 TINY = [f"max_seq_len={LENGTH}", f"max_duration={BATCHES}ba", "console_log_interval=1ba", "scheduler.t_warmup=2ba"]

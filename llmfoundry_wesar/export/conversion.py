@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from llmfoundry_wesar import methods
-from llmfoundry_wesar.arcee import ArceeConfig, ArceeForCausalLM
+from llmfoundry_wesar.export.arcee import ArceeConfig, ArceeForCausalLM
 from llmfoundry_wesar.layers import Reparameterized, ScaledEmbedding
 from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM, arguments
 

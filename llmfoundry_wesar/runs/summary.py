@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from llmfoundry_wesar.plot import draw
-from llmfoundry_wesar.scalars import Scalars, find_curves, read_scalars, replacing
+from llmfoundry_wesar.runs.plot import draw
+from llmfoundry_wesar.runs.scalars import Scalars, find_curves, read_scalars, replacing
 
 Row = dict[str, str]
 """A line of `runs.csv`: column → text, empty where a failed run has no value."""

@@ -20,8 +20,8 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from llmfoundry_wesar.checkpoints import Checkpoint, read_checkpoint
-from llmfoundry_wesar.conversion import build_mpt, from_llama, merge, to_gated, to_hf
+from llmfoundry_wesar.export.checkpoints import Checkpoint, read_checkpoint
+from llmfoundry_wesar.export.conversion import build_mpt, from_llama, merge, to_gated, to_hf
 from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM, arguments
 
 Format = Literal["hf", "mpt"]

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatter
 
-from llmfoundry_wesar.scalars import (
+from llmfoundry_wesar.runs.scalars import (
     ROLES,
     Curve,
     Scalars,

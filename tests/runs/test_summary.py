@@ -6,8 +6,8 @@ import statistics
 import numpy as np
 import pytest
 
-from llmfoundry_wesar.scalars import read_scalars
-from llmfoundry_wesar.summary import (
+from llmfoundry_wesar.runs.scalars import read_scalars
+from llmfoundry_wesar.runs.summary import (
     COLUMNS,
     draw_curves,
     largest_jump,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmfoundry_wesar.checkpoints import find_checkpoint, read_checkpoint
-from llmfoundry_wesar.export import load
+from llmfoundry_wesar.export.checkpoints import find_checkpoint, read_checkpoint
+from llmfoundry_wesar.export.files import load
 from tests.trained import SHARDED, VOCABULARY, assert_same_logits, logits
 
 

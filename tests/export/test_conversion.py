@@ -5,9 +5,9 @@ import torch
 from llmfoundry.models.mpt.modeling_mpt import MPTForCausalLM
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-from llmfoundry_wesar.arcee import ArceeForCausalLM
-from llmfoundry_wesar.conversion import build_mpt, from_llama, hf_config, merge, to_gated, to_hf
-from llmfoundry_wesar.export import load
+from llmfoundry_wesar.export.arcee import ArceeForCausalLM
+from llmfoundry_wesar.export.conversion import build_mpt, from_llama, hf_config, merge, to_gated, to_hf
+from llmfoundry_wesar.export.files import load
 from llmfoundry_wesar.layers import Reparameterized, ScaledEmbedding
 from llmfoundry_wesar.methods import names
 from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM

@@ -19,10 +19,10 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from llmfoundry_wesar import corpus as corpus_module
-from llmfoundry_wesar import data as data_module
 from llmfoundry_wesar.cli import app
-from llmfoundry_wesar.data import EOS, prepare
+from llmfoundry_wesar.data import corpus as corpus_module
+from llmfoundry_wesar.data import shards as data_module
+from llmfoundry_wesar.data.shards import EOS, prepare
 
 WORDS = ["the", "matrix", "W", "is", "αW", "and", "漢字", "stays", "whole.\n\t", "def", "f(x):", "return", "x"]
 LENGTH = 32
@@ -250,7 +250,7 @@ def test_killed_while_it_writes_and_started_again(tmp_path, source):
     """SIGKILL at the fifth sequence leaves no split, and the second run completes to identical bytes."""
     program = """if True:
         import json, os, signal, sys
-        from llmfoundry_wesar import data
+        from llmfoundry_wesar.data import shards as data
         write, calls = data.MDSWriter.write, []
         def killed(self, sample):
             calls.append(write(self, sample))

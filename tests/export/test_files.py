@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from llmfoundry_wesar.checkpoints import find_checkpoint
 from llmfoundry_wesar.cli import app
-from llmfoundry_wesar.export import export, load, reparameterize
+from llmfoundry_wesar.export.checkpoints import find_checkpoint
+from llmfoundry_wesar.export.files import export, load, reparameterize
 from tests.trained import EXPRESSIBLE, INEXPRESSIBLE, LENGTH, TEXT, assert_same_logits, logits, train
 from tests.transformers5 import load_in_transformers5
 

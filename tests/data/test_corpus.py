@@ -1,4 +1,4 @@
-"""Reading, order and split of the documents; what becomes of them is in test_data.py."""
+"""Reading, order and split of the documents; what becomes of them is in test_shards.py."""
 
 import gzip
 import json
@@ -8,8 +8,8 @@ from itertools import pairwise
 import pyarrow
 import pytest
 
-from llmfoundry_wesar import corpus as corpus_module
-from llmfoundry_wesar.corpus import Corpus, find_files, open_hub
+from llmfoundry_wesar.data import corpus as corpus_module
+from llmfoundry_wesar.data.corpus import Corpus, find_files, open_hub
 from tests.evaluation_files import WIKITEXT
 
 TEXTS = [f"document {number}: naïve Δ 漢字\n" + "words " * (number % 7) for number in range(2000)]

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from llmfoundry_wesar.data.evaluation import rows
 from llmfoundry_wesar.evaluate import TASKS, _harness_tasks
-from llmfoundry_wesar.evaluation_data import rows
 from tests.evaluation_files import ANSWERS, LAMBADA, WIKITEXT, write
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llmfoundry_wesar.corpus import read_texts
+from llmfoundry_wesar.data.corpus import read_texts
 
 Row = dict[str, Any]
 

@@ -9,8 +9,8 @@ from matplotlib.lines import Line2D
 from typer.testing import CliRunner
 
 from llmfoundry_wesar.cli import app
-from llmfoundry_wesar.plot import FIGURES, draw, plot, shown, table
-from llmfoundry_wesar.scalars import Scalars, load_runs, write_csv
+from llmfoundry_wesar.runs.plot import FIGURES, draw, plot, shown, table
+from llmfoundry_wesar.runs.scalars import Scalars, load_runs, write_csv
 from tests.logged_runs import MATRICES, TOKENS_PER_STEP, pretraining, record
 
 Logged = dict[str, dict[str, dict[int, float]]]

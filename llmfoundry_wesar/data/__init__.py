@@ -1,0 +1,1 @@
+"""Text to tokens: documents, a tokenizer and shards, and the evaluation sets."""

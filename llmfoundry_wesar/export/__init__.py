@@ -1,0 +1,1 @@
+"""Checkpoints in, plain models out, and back."""

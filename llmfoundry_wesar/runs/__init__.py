@@ -1,0 +1,1 @@
+"""Many runs: what they logged, figures, tables, and series under equal conditions."""
