@@ -189,15 +189,22 @@ def export(
     checkpoint: Annotated[str, Argument(help="A Composer checkpoint, whole or sharded, or a save_folder.")],
     out: Annotated[str, Argument(help="A new folder.")],
     format: Annotated[
-        str, Option(help="hf (Arcee, or Llama for a GLU, in safetensors) or mpt (for foundry's mpt_causal_lm).")
+        str,
+        Option(
+            help="hf (Arcee, or Llama for a GLU, in safetensors), gguf (for llama.cpp, Ollama, LM Studio) or mpt (for "
+            "foundry's mpt_causal_lm)."
+        ),
     ] = "hf",
-    dtype: Annotated[str, Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str, Option(help="float32, bfloat16 or float16, or f32, bf16 or f16; with gguf also q8_0.")
+    ] = "float32",
 ) -> None:
     """Merge the gates of a checkpoint, and everything else that plain models lack, into a plain model."""
     with one_line_errors(), _few_remarks():
         from llmfoundry_wesar.export.files import export
 
-        export(checkpoint, out, format, dtype)  # type: ignore[arg-type]
+        clients = export(checkpoint, out, format, dtype)  # type: ignore[arg-type]
+    echo(f"{out}: written. What other programs make of it:\n\n{clients}" if clients else f"{out}: written.")
 
 
 @app.command()

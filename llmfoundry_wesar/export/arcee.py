@@ -1,7 +1,8 @@
 """`ArceeForCausalLM` for the transformers that foundry allows: later ones (≥ 4.53) have it themselves.
 
 Llama with a feed-forward layer that is not gated: with GELU the architecture of the paper. Config and parameter names
-are those of the later transformers, so that what is saved here is loaded there, by any engine, without code of ours.
+are those of the later transformers, so that they load what is saved here, without code of ours. What other programs
+make of it is in `clients`.
 """
 
 from transformers.models.llama.configuration_llama import LlamaConfig

@@ -8,7 +8,7 @@ import datetime
 import io
 import pickle
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 from zipfile import BadZipFile, ZipFile
@@ -43,7 +43,26 @@ _METADATA_CLASSES = {
     ("pathlib", "Path"),
     ("pathlib", "PosixPath"),
 }
+_SHARDED_KEYS = [("state", key) for key in ("model", "integrations", "timestamp", "run_name")]
 _PREFIX = "model."  # of the Hugging Face model in Composer's `HuggingFaceModel`
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run was trained; 0 and empty for a model that is not of a training checkpoint.
+
+    Attributes:
+        run_name: Of the run.
+        batches: Optimizer steps.
+        tokens: As Composer counts them.
+        metrics: What the checkpoint has of the evaluators' metrics, by `EVALUATOR/METRIC`. The trainer keeps them only
+            with Composer's `save_metrics`.
+    """
+
+    run_name: str = ""
+    batches: int = 0
+    tokens: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,11 +73,13 @@ class Checkpoint:
         config: The Hugging Face config, as `config.json` would hold it.
         weights: Parameters and buffers by the names that the Hugging Face model gives them.
         tokenizer: None if the run had none.
+        progress: Of the run.
     """
 
     config: dict[str, Any]
     weights: dict[str, Tensor]
     tokenizer: PreTrainedTokenizerBase | None
+    progress: Progress = field(default_factory=Progress)
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -115,7 +136,19 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         ) from error
     if strange := [name for name, tensor in weights.items() if not isinstance(tensor, Tensor)]:
         raise ValueError(f"{path}: not a Composer checkpoint of a Hugging Face model, since {strange[0]} is no tensor.")
-    return Checkpoint(config, weights, _load_tokenizer(tokenizer, path) if tokenizer else None)
+    tokenizer = _load_tokenizer(tokenizer, path) if tokenizer else None
+    return Checkpoint(config, weights, tokenizer, _progress(state["state"]))
+
+
+def _progress(state: dict[str, Any]) -> Progress:
+    time = (state.get("timestamp") or {}).get("Timestamp", {})
+    metrics = {
+        f"{evaluator}/{name}": float(saved["_computed"])
+        for evaluator, saved_metrics in (state.get("eval_metrics") or {}).items()
+        for name, saved in saved_metrics.items()
+        if saved.get("_computed") is not None
+    }
+    return Progress(str(state.get("run_name") or ""), int(time.get("batch", 0)), int(time.get("token", 0)), metrics)
 
 
 def _load_tokenizer(files: dict[str, Any], path: Path) -> PreTrainedTokenizerBase:
@@ -188,11 +221,7 @@ def _read_sharded(path: Path) -> Any:
     try:
         known = reader.read_metadata()
         # Optimizer states stay unread: they are two thirds of a checkpoint.
-        paths = {
-            name: keys
-            for name, keys in (known.planner_data or {}).items()
-            if keys[:2] in (("state", "model"), ("state", "integrations"))
-        }
+        paths = {name: keys for name, keys in (known.planner_data or {}).items() if keys[:2] in _SHARDED_KEYS}
         entries = {name: known.state_dict_metadata[name] for name in paths}
         values = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)

@@ -133,6 +133,21 @@ def _fill(model: nn.Module, weights: Weights) -> None:
     model.eval()
 
 
+def require_finite(name: str, weight: Tensor) -> None:
+    """Raise a ValueError that names a tensor if it has an infinite value or NaN, because it diverged or was rounded."""
+    if weight.isfinite().all():
+        return
+    if weight.dtype in (torch.float16, torch.bfloat16) and not weight.isnan().any():
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise ValueError(f"{name} has a value that is too large for {dtype}; use --dtype float32.")
+    raise ValueError(f"{name} is not finite, since the run has diverged; use an earlier checkpoint.")
+
+
+def is_arcee(config: LlamaConfig) -> bool:
+    """Tell whether a config of `hf_config` is one of an Arcee, whose feed-forward layers are not gated."""
+    return config.model_type == ArceeConfig.model_type
+
+
 def build_mpt(config: MPTConfig, weights: Weights) -> MPTForCausalLM:
     """Build the MPT of a config, ours (`WeSaRMPTConfig`) or foundry's, around the given weights.
 

@@ -1,10 +1,8 @@
 """From a training checkpoint to the files of a plain model, and back."""
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,15 +15,24 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.models.auto.tokenization_auto import AutoTokenizer
-from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from llmfoundry_wesar.export import clients
+from llmfoundry_wesar.export.card import model_card
 from llmfoundry_wesar.export.checkpoints import Checkpoint, read_checkpoint
-from llmfoundry_wesar.export.conversion import build_mpt, from_llama, merge, to_gated, to_hf
+from llmfoundry_wesar.export.conversion import build_mpt, from_llama, hf_config, merge, require_finite, to_gated, to_hf
+from llmfoundry_wesar.export.folders import refuse_existing, whole
 from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM, arguments
 
-Format = Literal["hf", "mpt"]
-Dtype = Literal["float32", "bfloat16", "float16"]
+Format = Literal["hf", "gguf", "mpt"]
+# Values of `--dtype`, and what they mean; q8_0 is one of GGUF's own.
+DTYPES = {name: name for name in ("float32", "bfloat16", "float16", "q8_0")} | {
+    "f32": "float32",
+    "bf16": "bfloat16",
+    "f16": "float16",
+}
+_INDEX = "model.safetensors.index.json"
+log = logging.getLogger(__name__)
 
 
 def load(path: str | Path) -> tuple[WeSaRMPTForCausalLM, PreTrainedTokenizerBase | None]:
@@ -39,8 +46,15 @@ def load(path: str | Path) -> tuple[WeSaRMPTForCausalLM, PreTrainedTokenizerBase
         FileNotFoundError: If there is neither.
         ValueError: If it is damaged, needs code to be loaded, or is a model that MPT cannot express.
     """
-    path = Path(path)
-    checkpoint = _read_folder(path) if (path / "config.json").is_file() else read_checkpoint(path)
+    checkpoint = _read(Path(path))
+    return _build(path, checkpoint), checkpoint.tokenizer
+
+
+def _read(path: Path) -> Checkpoint:
+    return _read_folder(path) if (path / "config.json").is_file() else read_checkpoint(path)
+
+
+def _build(path: str | Path, checkpoint: Checkpoint) -> WeSaRMPTForCausalLM:
     config, weights = checkpoint.config, checkpoint.weights
     try:
         if config.get("model_type") in ("arcee", "llama"):
@@ -55,24 +69,64 @@ def load(path: str | Path) -> tuple[WeSaRMPTForCausalLM, PreTrainedTokenizerBase
     except (ValueError, KeyError, TypeError, ImportError) as error:
         raise ValueError(f"{path}: {error}") from error
     assert isinstance(model, WeSaRMPTForCausalLM)
-    return model, checkpoint.tokenizer
+    return model
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__} instead of an object")
+    except ValueError as error:  # also of JSON and of UTF-8
+        raise ValueError(f"{file}: damaged ({error}).") from error
+    return content
 
 
 def _read_folder(path: Path) -> Checkpoint:
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{path}: no .safetensors file; pickled weights are not read.")
+    config = _read_json(path / "config.json")
     weights: dict[str, torch.Tensor] = {}
-    file = path / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError(f"a {type(config).__name__} instead of an object")
-        for file in files:
-            weights |= load_file(file)
-    except (ValueError, SafetensorError) as error:  # also of JSON and of UTF-8
-        raise ValueError(f"{file}: damaged ({error}).") from error
+    for file, names in _weight_files(path).items():
+        try:
+            tensors = load_file(file)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{file}: missing, though {_INDEX} names it.") from error
+        except (ValueError, SafetensorError) as error:
+            raise ValueError(f"{file}: damaged ({error}).") from error
+        if names is not None:
+            if missing := names - tensors.keys():
+                raise ValueError(f"{file}: not the file that {_INDEX} means, since {min(missing)} is not in it.")
+            tensors = {name: tensors[name] for name in names}
+        weights |= tensors
     return Checkpoint(config, weights, _read_tokenizer(path))
+
+
+def _weight_files(path: Path) -> dict[Path, set[str] | None]:
+    """Return the files that hold a model's weights, and what to take from each; None for everything."""
+    whole_file, index = path / "model.safetensors", path / _INDEX
+    others = sorted(path.glob("*.safetensors"))
+    if not others and not index.is_file():
+        raise FileNotFoundError(f"{path}: no .safetensors file; pickled weights are not read.")
+    if index.is_file() and whole_file.is_file():
+        raise ValueError(f"{path}: both {whole_file.name} and {_INDEX}; remove the one that is not the model's.")
+    if index.is_file():
+        places = _read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+            raise ValueError(f"{index}: damaged (no weight_map).")
+        if outside := [file for file in places.values() if Path(file).name != file]:
+            raise ValueError(f"{index}: refused, since it names a file outside of its folder: {outside[0]}.")
+        files: dict[Path, set[str] | None] = {
+            path / file: {name for name, place in places.items() if place == file} for file in places.values()
+        }
+    elif whole_file.is_file():
+        files = {whole_file: None}
+    elif len(others) == 1:
+        files = {others[0]: None}
+    else:
+        raise ValueError(f"{path}: {len(others)} .safetensors files, no {whole_file.name} and no {_INDEX}.")
+    if ignored := [file.name for file in others if file not in files]:
+        used = _INDEX if index.is_file() else whole_file.name
+        log.warning("%s: the weights are those of %s; not read: %s", path, used, ", ".join(ignored))
+    return files
 
 
 def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
@@ -100,30 +154,6 @@ def model_section(config: MPTConfig) -> dict[str, Any]:
     return {"name": "wesar_mpt_causal_lm" if ours else "mpt_causal_lm", **section}
 
 
-def _refuse_existing(out: str | Path) -> None:
-    if os.path.lexists(out):
-        raise FileExistsError(f"{out} exists; choose another name or remove it.")
-
-
-@contextmanager
-def _whole(out: str | Path) -> Iterator[Path]:
-    """Yield a path to write a file or folder to; it becomes `out` at the end, and is gone if anything fails."""
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        yield partial
-        _refuse_existing(out)
-        partial.rename(out)
-    except Exception as error:
-        # A full disk is an OSError here, a RuntimeError in torch and a plain Exception in tokenizers.
-        raise OSError(f"{out}: writing failed, and nothing of it is left ({str(error).splitlines()[0]}).") from error
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        partial.unlink(missing_ok=True)
-
-
 def _save_composer(model: MPTForCausalLM, tokenizer: PreTrainedTokenizerBase | None, path: Path) -> None:
     """Write what `load_path` with `load_weights_only: true` reads."""
     composer = HuggingFaceModel(model, tokenizer=tokenizer, shift_labels=True)  # type: ignore[arg-type]
@@ -131,41 +161,82 @@ def _save_composer(model: MPTForCausalLM, tokenizer: PreTrainedTokenizerBase | N
     torch.save({"state": state}, path)
 
 
-def export(path: str | Path, out: str | Path, format: Format = "hf", dtype: Dtype = "float32") -> None:
+def export(path: str | Path, out: str | Path, format: Format = "hf", dtype: str = "float32") -> str:
     """Write the plain model of a checkpoint to a new folder, with its tokenizer.
 
     `hf` writes config, safetensors and generation config of an `ArceeForCausalLM`, or of a `LlamaForCausalLM` for a
-    GLU. `mpt` writes `checkpoint.pt`, for the stock trainer's `load_path` with `load_weights_only: true` (under FSDP
-    also `fsdp_config.state_dict_type: full`, since it is one file), and `model.yaml`, the `model` section
+    GLU. `gguf` writes `model.gguf` for llama.cpp; see `llama_cpp`. Both write a model card, README.md. `mpt` writes
+    `checkpoint.pt`, for the stock trainer's `load_path` with `load_weights_only: true` (under FSDP also
+    `fsdp_config.state_dict_type: full`, since it is one file), and `model.yaml`, the `model` section
     (`name: mpt_causal_lm`) that goes with it.
 
     Args:
         path: As for `load`.
         out: The folder; it appears whole or not at all.
-        format: `hf` or `mpt`.
-        dtype: Of the weights; they are merged in float32.
+        format: `hf`, `gguf` or `mpt`.
+        dtype: Of the weights: float32, bfloat16 or float16, and q8_0 for `gguf`; they are merged in float32.
+
+    Returns:
+        What other programs make of the model, as lines of text; empty for `mpt`.
 
     Raises:
         FileExistsError: If `out` exists.
         FileNotFoundError: If there is no checkpoint.
-        ValueError: If the checkpoint is damaged, the format cannot express the model, or an option is unknown.
+        ValueError: If the checkpoint is damaged, the format cannot express the model, a weight is not finite in
+            `dtype`, or an option is unknown.
+        RuntimeError: If `gguf` is not installed.
         OSError: If writing fails.
     """
-    for option, value, choices in (("format", format, get_args(Format)), ("dtype", dtype, get_args(Dtype))):
-        if value not in choices:
-            raise ValueError(f"--{option} {value}: not one of {', '.join(choices)}.")
-    _refuse_existing(out)
-    model, tokenizer = load(path)
-    torch_dtype = getattr(torch, dtype)
-    plain = to_hf(model, tokenizer, torch_dtype) if format == "hf" else merge(model).to(torch_dtype)
-    with _whole(out) as folder:
+    _check_options(format, dtype)
+    refuse_existing(out)
+    checkpoint = _read(Path(path))
+    model, tokenizer, progress = _build(path, checkpoint), checkpoint.tokenizer, checkpoint.progress
+    if format == "mpt":
+        _export_mpt(model, tokenizer, Path(out), DTYPES[dtype])
+        return ""
+    config = hf_config(model.config)  # type: ignore[arg-type]
+    if format == "gguf":
+        from llmfoundry_wesar.export import llama_cpp
+
+        llama_cpp.check(config, tokenizer, DTYPES[dtype])
+    name = progress.run_name or Path(out).name
+    plain = to_hf(model, tokenizer, torch.float32 if format == "gguf" else getattr(torch, DTYPES[dtype]))
+    card = model_card(name, config, plain.num_parameters(), model.config.to_dict(), progress, format, dtype)
+    with whole(out) as folder:
         folder.mkdir()
-        if isinstance(plain, LlamaForCausalLM):
-            plain.save_pretrained(folder)
+        if format == "gguf":
+            llama_cpp.write_gguf(plain, tokenizer, folder / "model.gguf", DTYPES[dtype], name)  # type: ignore
         else:
-            _save_composer(plain, tokenizer, folder / "checkpoint.pt")
-            section = model_section(plain.config)  # type: ignore[arg-type]
-            OmegaConf.save({"model": section}, folder / "model.yaml")
+            _require_finite(plain)
+            plain.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return clients.table(config, format)
+
+
+def _check_options(format: str, dtype: str) -> None:
+    if format not in get_args(Format):
+        raise ValueError(f"--format {format}: not one of {', '.join(get_args(Format))}.")
+    known = [name for name, meaning in DTYPES.items() if meaning != "q8_0" or format == "gguf"]
+    if dtype not in known:
+        raise ValueError(f"--dtype {dtype}: not one of {', '.join(known)} (with --format {format}).")
+    if format == "gguf" and find_spec("gguf") is None:
+        raise RuntimeError("the package gguf is missing: pip install 'llmfoundry_wesar[gguf]'.")
+
+
+def _require_finite(model: torch.nn.Module) -> None:
+    for name, weight in model.state_dict().items():
+        require_finite(name, weight)
+
+
+def _export_mpt(model: WeSaRMPTForCausalLM, tokenizer: PreTrainedTokenizerBase | None, out: Path, dtype: str) -> None:
+    plain = merge(model).to(getattr(torch, dtype))
+    _require_finite(plain)
+    with whole(out) as folder:
+        folder.mkdir()
+        _save_composer(plain, tokenizer, folder / "checkpoint.pt")
+        OmegaConf.save({"model": model_section(plain.config)}, folder / "model.yaml")  # type: ignore[arg-type]
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 
@@ -188,9 +259,9 @@ def reparameterize(path: str | Path, out: str | Path, method: str = "wesar") -> 
         ValueError: If it is damaged, or the method is unknown or cannot start from it.
         OSError: If writing fails.
     """
-    _refuse_existing(out)
+    refuse_existing(out)
     model, tokenizer = load(path)
     gated = to_gated(model, method)
-    with _whole(out) as file:
+    with whole(out) as file:
         _save_composer(gated, tokenizer, file)
     return model_section(gated.config)

@@ -6,20 +6,33 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from llmfoundry.models.mpt.modeling_mpt import ComposerMPTCausalLM
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from llmfoundry_wesar.cli import app
 from llmfoundry_wesar.export.checkpoints import find_checkpoint
+from llmfoundry_wesar.export.conversion import to_hf
 from llmfoundry_wesar.export.files import export, load, reparameterize
 from tests.trained import EXPRESSIBLE, INEXPRESSIBLE, LENGTH, TEXT, assert_same_logits, logits, train
 from tests.transformers5 import load_in_transformers5
 
 FLOAT32 = 1e-5  # as in test_conversion
+_HF_FILES = {
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+COMMANDS = [["export"], ["export", "--format", "gguf"], ["export", "--format", "mpt"], ["reparameterize"]]
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +151,7 @@ def _run(*arguments: str | Path) -> str:
     return line
 
 
-@pytest.mark.parametrize("command", [["export"], ["export", "--format", "mpt"], ["reparameterize"]])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_an_existing_output_is_never_touched(command, trained, tmp_path):
     for out in (tmp_path / "folder", tmp_path / "file"):
         out.mkdir() if out.name == "folder" else out.write_text("mine")
@@ -147,7 +160,7 @@ def test_an_existing_output_is_never_touched(command, trained, tmp_path):
     assert not list((tmp_path / "folder").iterdir())
 
 
-@pytest.mark.parametrize("command", [["export"], ["export", "--format", "mpt"], ["reparameterize"]])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_what_cannot_be_read_or_expressed_leaves_nothing(command, trained, exported, tmp_path):
     """One line each, that names the file and the fault."""
     damaged = shutil.copytree(exported["wesar"], tmp_path / "damaged")
@@ -194,7 +207,7 @@ def _full_disk(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("command", [["export"], ["export", "--format", "mpt"], ["reparameterize"]])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_full_disk_leaves_nothing(command, trained, tmp_path):
     """Full in the middle of the weights, after smaller files were written."""
     with _full_disk(20_000):
@@ -203,7 +216,7 @@ def test_a_full_disk_leaves_nothing(command, trained, tmp_path):
 
 
 def test_unknown_options_are_named(trained, tmp_path):
-    assert "--format onnx: not one of hf, mpt" in _run(
+    assert "--format onnx: not one of hf, gguf, mpt" in _run(
         "export", trained["wesar"].folder, tmp_path / "out", "--format", "onnx"
     )
     assert "--dtype int8" in _run("export", trained["wesar"].folder, tmp_path / "out", "--dtype", "int8")
@@ -218,3 +231,120 @@ def test_the_command_line_prints_the_section_to_train_with(exported, tmp_path):
     section = OmegaConf.create(result.stdout).model
     assert section.init_config == {"name": "wesar_", "sigma": pytest.approx(4e-5**0.5), "backbone": "he"}
     assert section.attn_config.kv_n_heads == 2 and section.max_seq_len == LENGTH
+
+
+def _sharded_folder(exported: dict[str, Path], folder: Path) -> Path:
+    """The exported model, saved anew by transformers in several files with an index."""
+    shutil.copytree(exported["wesar"], folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    to_hf(load(exported["wesar"])[0]).save_pretrained(folder, max_shard_size="40KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    return folder
+
+
+def test_a_folder_in_several_files_is_read_by_its_index(exported, trained, tmp_path, caplog):
+    """What else lies there is not the model's, whatever its tensors are called; that is said."""
+    folder = _sharded_folder(exported, tmp_path / "sharded")
+    assert_same_logits(logits(load(folder)[0], trained["wesar"].ids), trained["wesar"].logits, FLOAT32)
+    assert not caplog.messages
+    stale = {name: torch.zeros_like(w) for name, w in load_file(exported["wesar"] / "model.safetensors").items()}
+    save_file(stale, folder / "z-stale.safetensors")
+    assert_same_logits(logits(load(folder)[0], trained["wesar"].ids), trained["wesar"].logits, FLOAT32)
+    assert "not read: z-stale.safetensors" in caplog.text
+    shutil.copy(folder / "z-stale.safetensors", copied := shutil.copytree(exported["wesar"], tmp_path / "copied"))
+    assert_same_logits(logits(load(copied)[0], trained["wesar"].ids), trained["wesar"].logits, FLOAT32)
+    assert "the weights are those of model.safetensors; not read: z-stale.safetensors" in caplog.text
+
+
+def test_an_index_that_does_not_fit_its_files_is_refused(exported, tmp_path):
+    folder = _sharded_folder(exported, tmp_path / "sharded")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    first, second = sorted(set(content["weight_map"].values()))[:2]
+    shutil.copy(folder / first, tmp_path / "outside.safetensors")
+    name = next(name for name, file in content["weight_map"].items() if file == first)
+    for change, words in {
+        (name, second): rf"{second}: not the file that .*index\.json means, since {name} is not in it",
+        (name, "../outside.safetensors"): r"refused, since it names a file outside of its folder: \.\./outside",
+    }.items():
+        index.write_text(json.dumps({"weight_map": {**content["weight_map"], change[0]: change[1]}}))
+        with pytest.raises(ValueError, match=words):
+            load(folder)
+    index.write_text("{}")
+    with pytest.raises(ValueError, match=r"index\.json: damaged \(no weight_map\)"):
+        load(folder)
+    index.write_text(json.dumps(content))
+    (folder / first).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{first}: missing, though model\.safetensors\.index\.json names it"):
+        load(folder)
+    shutil.copy(exported["wesar"] / "model.safetensors", folder)
+    with pytest.raises(
+        ValueError, match=r"both model\.safetensors and model\.safetensors\.index\.json; remove the one"
+    ):
+        load(folder)
+
+
+@pytest.mark.parametrize("format", ["hf", "gguf", "mpt"])
+@pytest.mark.parametrize(
+    "value, dtype, words",
+    [
+        (float("nan"), "float32", "is not finite, since the run has diverged; use an earlier checkpoint"),
+        (float("inf"), "float32", "is not finite"),
+        (1e5, "float16", "has a value that is too large for f"),
+    ],
+)
+def test_a_weight_that_is_not_finite_is_refused_by_name(value, dtype, words, format, trained, tmp_path):
+    """In a matrix, as it was trained or as it would be rounded; a norm stays in float32 in a GGUF file."""
+    checkpoint = torch.load(find_checkpoint(trained["glu"].folder), weights_only=False)
+    checkpoint["state"]["model"]["model.transformer.blocks.1.ffn.down_proj.weight"][3, 5] = value
+    torch.save(checkpoint, tmp_path / "diverged.pt")
+    line = _run("export", tmp_path / "diverged.pt", tmp_path / "out", "--format", format, "--dtype", dtype)
+    assert "blocks.1.ffn.down_proj.weight" in line or "layers.1.mlp.down_proj.weight" in line
+    assert words in line
+    assert [path.name for path in tmp_path.iterdir()] == ["diverged.pt"]
+
+
+@pytest.mark.parametrize("format, files", [("hf", _HF_FILES), ("gguf", {"README.md", "model.gguf"})])
+def test_a_folder_has_what_its_users_expect(format, files, trained, tmp_path):
+    """Files that others can read, and a card that says what the model is, how far it was trained and how to load it."""
+    checkpoint = torch.load(find_checkpoint(trained["wesar"].folder), weights_only=False)
+    checkpoint["state"]["eval_metrics"] = {"eval": {"LanguagePerplexity": {"_computed": torch.tensor(12.5)}}}
+    settings = checkpoint["state"]["integrations"]["huggingface"]["tokenizer"]["tokenizer_config.json"]["content"]
+    settings["chat_template"] = "{{ messages }}"
+    torch.save(checkpoint, tmp_path / "run.pt")
+    result = CliRunner().invoke(app, ["export", str(tmp_path / "run.pt"), str(tmp_path / "out"), "--format", format])
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "out"
+    assert {path.name for path in folder.iterdir()} >= files
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {folder.stat().st_mode & 0o666}
+    card = (folder / "README.md").read_text()
+    for words in (
+        "# tiny\n",
+        "`wesar` of llmfoundry_wesar",
+        "2,048 tokens, 4 batches",
+        "| `eval/LanguagePerplexity` | 12.5000 |",
+        "from_pretrained" if format == "hf" else "llama-cli -m model.gguf",
+    ):
+        assert words in card
+    if format == "hf":
+        assert AutoTokenizer.from_pretrained(folder).chat_template == "{{ messages }}"
+    else:
+        field = gguf.GGUFReader(folder / "model.gguf").get_field("tokenizer.chat_template")
+        assert field.contents() == "{{ messages }}"
+
+
+@pytest.mark.parametrize(
+    "case, format, lines",
+    [
+        ("wesar", "hf", {"llama.cpp": "WRONG without a word", "CTranslate2": "refuses it", "vLLM": "--model-impl"}),
+        ("biases", "hf", {"llama.cpp": "refuse it; use --format gguf"}),
+        ("glu", "hf", {"transformers, vLLM, CTranslate2": "load it natively", "llama.cpp": "compute it rightly"}),
+        ("wesar", "gguf", {"llama.cpp": "load the .gguf file as it is"}),
+    ],
+)
+def test_export_says_what_other_programs_make_of_the_model(case, format, lines, trained, tmp_path):
+    arguments = ["export", str(trained[case].folder), str(tmp_path / "out"), "--format", format]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    for client, words in lines.items():
+        [line] = [line for line in result.stdout.splitlines() if line.startswith(client)]
+        assert words in line
