@@ -1,7 +1,9 @@
 """Plain Hugging Face models, during training."""
 
+import logging
 import os
-import shutil
+from contextlib import nullcontext
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -12,22 +14,31 @@ from llmfoundry.callbacks.hf_checkpointer import HuggingFaceCheckpointer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from llmfoundry_wesar.export.conversion import hf_config, to_hf
+from llmfoundry_wesar.export.card import model_card
+from llmfoundry_wesar.export.checkpoints import Progress
+from llmfoundry_wesar.export.conversion import hf_config, require_finite, to_hf
+from llmfoundry_wesar.export.folders import whole
 from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM
+
+log = logging.getLogger(__name__)
+_KEY = "callbacks.merged_hf_checkpointer.huggingface_folder_name"
 
 
 class MergedHuggingFaceCheckpointer(HuggingFaceCheckpointer):
     """Foundry's `HuggingFaceCheckpointer`, saving the merged model that `llmfoundry-wesar export --format hf` writes.
 
     It merges in float32 on rank 0, whatever `precision` is written. A local folder appears whole or not at all, but for
-    the last one if `mlflow_registered_model_name` is set, since MLflow goes on reading the folder that it is given.
+    the last one if `mlflow_registered_model_name` is set, since MLflow goes on reading the folder that it is given. A
+    folder of that name which is there already is replaced if every file in it is one that the new one has too;
+    otherwise it is renamed, and stays.
 
     Args:
         *args: As for `HuggingFaceCheckpointer`.
         **kwargs: As for `HuggingFaceCheckpointer`: `save_folder`, `save_interval`, `precision`, …
 
     Raises:
-        ValueError: At the start of the run, if neither Arcee nor Llama can express the model.
+        ValueError: At the start of the run, if neither Arcee nor Llama can express the model, or
+            `huggingface_folder_name` is not a folder below `save_folder/huggingface`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -36,7 +47,7 @@ class MergedHuggingFaceCheckpointer(HuggingFaceCheckpointer):
         self.merged_dtype, self.dtype = self.dtype, torch.float32
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
-        """Refuse a model that cannot be exported before it is trained; the rest is the base class's."""
+        """Refuse what cannot be exported before it is trained; the rest is the base class's."""
         if event == Event.INIT:
             config = getattr(state.model, "config", None)
             if not isinstance(config, WeSaRMPTConfig):
@@ -44,7 +55,9 @@ class MergedHuggingFaceCheckpointer(HuggingFaceCheckpointer):
                     "callbacks.merged_hf_checkpointer goes with model.name: wesar_mpt_causal_lm; "
                     "other models have nothing to merge, use hf_checkpointer."
                 )
-            hf_config(config)
+            self.trained_config = config
+            self.plain_config = hf_config(config)
+            self._name(state)
         super().run_event(event, state, logger)
 
     def transform_model_and_tokenizer(  # type: ignore[override]
@@ -52,24 +65,56 @@ class MergedHuggingFaceCheckpointer(HuggingFaceCheckpointer):
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Merge the model that the base class has gathered."""
         assert isinstance(model, WeSaRMPTForCausalLM)
-        return to_hf(model, tokenizer, self.merged_dtype), tokenizer
+        plain = to_hf(model, tokenizer, self.merged_dtype)
+        try:
+            for name, weight in plain.state_dict().items():
+                require_finite(name, weight)
+        except ValueError as error:  # its checkpoint may still be of use, and so may the rest of the run
+            log.warning("callbacks.merged_hf_checkpointer: %s", error)
+        self.parameters = plain.num_parameters()
+        return plain, tokenizer
+
+    def save_additional_contents(self, state: State, logger: Logger, save_dir: str) -> None:
+        """Write the model card."""
+        metrics = {
+            f"{evaluator}/{name}": float(metric._computed)
+            for evaluator, evaluator_metrics in state.eval_metrics.items()
+            for name, metric in evaluator_metrics.items()
+            if metric._computed is not None  # computing it here would wait for the other ranks
+        }
+        progress = Progress(state.run_name, state.timestamp.batch.value, state.timestamp.token.value, metrics)
+        dtype = str(self.merged_dtype).removeprefix("torch.")
+        trained = self.trained_config.to_dict()
+        card = model_card(state.run_name, self.plain_config, self.parameters, trained, progress, "hf", dtype)
+        Path(save_dir, "README.md").write_text(card, encoding="utf-8")
+
+    def _name(self, state: State) -> str:
+        """Return where in the `save_folder` a model is written now."""
+        name = format_name_with_dist_and_time(self.huggingface_folder_name_fstr, state.run_name, state.timestamp)
+        path = PurePosixPath(os.path.normpath(name))
+        if path.parts[:1] != ("huggingface",) or len(path.parts) < 2:
+            raise ValueError(
+                f"{_KEY}: {os.path.relpath(self.huggingface_folder_name_fstr, 'huggingface')!r} is not a folder below "
+                f"save_folder/huggingface; give one, such as ba{{batch}}."
+            )
+        return str(path)
 
     def _save_checkpoint(
         self, state: State, logger: Logger, upload_to_save_folder: bool, register_to_mlflow: bool
     ) -> None:
+        format_string, name = self.huggingface_folder_name_fstr, self._name(state)
         # A remote folder is uploaded from a temporary one, and MLflow goes on reading the folder that it is given.
         if self.remote_ud is not None or register_to_mlflow:
             return super()._save_checkpoint(state, logger, upload_to_save_folder, register_to_mlflow)
-        name = self.huggingface_folder_name_fstr
-        self.huggingface_folder_name_fstr = f"{name}.partial"
-        try:
-            super()._save_checkpoint(state, logger, upload_to_save_folder, register_to_mlflow)
-        finally:
-            self.huggingface_folder_name_fstr = name
-        if dist.get_global_rank() == 0:
-            folder = format_name_with_dist_and_time(
-                os.path.join(self.save_dir_format_str, name), state.run_name, state.timestamp
-            )
-            shutil.rmtree(folder, ignore_errors=True)
-            os.rename(f"{folder}.partial", folder)
+        save_folder = format_name_with_dist_and_time(self.save_dir_format_str, state.run_name, state.timestamp)
+        writing = dist.get_global_rank() == 0
+        with whole(Path(save_folder, name), replace=True) if writing else nullcontext() as partial:
+            if partial is not None:
+                # The base class formats it once more.
+                relative = os.path.relpath(partial, save_folder).replace("{", "{{").replace("}", "}}")
+                self.huggingface_folder_name_fstr = relative
+            try:
+                super()._save_checkpoint(state, logger, upload_to_save_folder, register_to_mlflow)
+            finally:
+                self.huggingface_folder_name_fstr = format_string
         dist.barrier()

@@ -16,6 +16,7 @@ from tests.trained import (
     assert_same_logits,
     logits,
     merged_saves,
+    train,
     train_case,
 )
 
@@ -49,7 +50,7 @@ def test_it_writes_what_export_does_and_rounds_once(text_data, tmp_path):
     _train(text_data, tmp_path, "wesar", precision="bfloat16")
     export(tmp_path, tmp_path / "out", dtype="bfloat16")
     saved = tmp_path / "huggingface" / "ba4"
-    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+    for name in ("README.md", "config.json", "generation_config.json", "tokenizer.json"):
         assert (saved / name).read_text() == (tmp_path / "out" / name).read_text()
     weights = load_file(tmp_path / "out" / "model.safetensors")
     for name, weight in load_file(saved / "model.safetensors").items():
@@ -67,3 +68,40 @@ def test_a_model_that_cannot_be_exported_is_refused_before_it_is_trained(case, t
 def test_a_stock_model_has_nothing_to_merge(text_data, tmp_path):
     with pytest.raises(ValueError, match=r"goes with model\.name: wesar_mpt_causal_lm; .* use hf_checkpointer"):
         _train(text_data, tmp_path, "small_init", "model.name=mpt_causal_lm", "model.loss_fn=torch_crossentropy")
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "../..", "/absolute", "ba{batch}/..", "{run_name}"])
+def test_a_name_that_is_no_folder_below_is_refused_before_training(name, text_data, tmp_path):
+    """Such a name once removed everything there, the run's checkpoints too; here the run is called `..`."""
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "huggingface").mkdir()
+    (tmp_path / "huggingface" / "mine").write_text("mine")
+    named = f"callbacks.merged_hf_checkpointer.huggingface_folder_name='{name}'"
+    with pytest.raises(
+        ValueError, match=r"callbacks\.merged_hf_checkpointer\.huggingface_folder_name: .* is not a folder"
+    ):
+        train(text_data, "run_name=..", merged_saves(tmp_path), named)
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {
+        "mine",
+        "huggingface",
+        "huggingface/mine",
+    }
+
+
+def test_names_that_foundrys_checkpointer_accepts_are_accepted(text_data, tmp_path):
+    """A slash at the end, a folder in a folder, a name without a number, which is written again and again.
+
+    What somebody else put into a folder that is written again stays.
+    """
+    (tmp_path / "huggingface" / "latest").mkdir(parents=True)
+    (tmp_path / "huggingface" / "latest" / "mine").write_text("mine")
+    for name in ("ba{batch}/", "latest", "{run_name}/#{batch}"):
+        named = f"callbacks.merged_hf_checkpointer.huggingface_folder_name='{name}'"
+        train(text_data, merged_saves(tmp_path), named)
+    folders = {"ba2", "ba4", "latest", "latest.1", "tiny"}
+    assert {path.name for path in (tmp_path / "huggingface").iterdir()} == folders
+    assert (tmp_path / "huggingface" / "latest.1" / "mine").read_text() == "mine"
+    weights = load_file(tmp_path / "huggingface" / "ba4" / "model.safetensors")
+    for name in ("latest", "tiny/#4"):
+        for key, weight in load_file(tmp_path / "huggingface" / name / "model.safetensors").items():
+            assert torch.equal(weight, weights[key])
