@@ -1,8 +1,8 @@
 """Which standard deviation each matrix should start at (σ_•), and the functions that put it there.
 
 Foundry calls a *param init function* (`model.init_config.name`) on every module; `generic_param_init_fn_` passes it on
-to the first of the *module init functions* that takes the module. Ours, `init_matrix`, takes every matrix that has a
-role, and every reparameterised layer; norms, biases and stock models are left to foundry's own.
+to the first of the *module init functions* that takes the module. Ours, `init_matrix`, takes every reparameterised
+layer and, under the init functions of this module, every matrix; norms are left to foundry's own.
 """
 
 import math
@@ -10,64 +10,38 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
+from llmfoundry.models.layers.attention import GroupedQueryAttention
+from llmfoundry.models.layers.ffn import MPTMLP
 from llmfoundry.models.utils.config_defaults import init_config_defaults
 from llmfoundry.models.utils.param_init_fns import generic_param_init_fn_, summon_dtensor
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from llmfoundry_wesar.layers import GainInit, Reparameterized, ScaledEmbedding
+from llmfoundry_wesar.roles import ROLES, Role, find_role
 
 Backbone = Literal["he", "small"]
 
 
-@dataclass(frozen=True)
-class Role:
-    """What a matrix does in the Transformer, as far as its initial scale depends on it.
-
-    Attributes:
-        name: The paper's name of the matrix (section 2).
-        residual: Whether its output is added to the residual stream, so that σ_• is divided by √2N.
-        activation: What is in front of it, for He's gain.
-    """
-
-    name: str
-    residual: bool = False
-    activation: str = "linear"
-
-
-# By the last part of the module's path in MPT.
-ROLES = {
-    "wte": Role("W_e"),
-    "Wq": Role("W_q"),
-    "Wk": Role("W_k"),
-    "Wv": Role("W_v"),
-    "Wqkv": Role("W_qkv"),
-    "out_proj": Role("W_o", residual=True),
-    "up_proj": Role("W_u"),
-    "gate_proj": Role("W_g"),
-    "down_proj": Role("W_d", residual=True),
-    "lm_head": Role("W_p"),
-}
-
-
-def activation_gain(activation: str) -> float:
+def activation_gain(activation: str, key: str = "model.ffn_config.ffn_act_fn.name") -> float:
     """He's gain of an activation function, as `torch.nn.init.calculate_gain` has it: 1/√E[f(z)²] = √2 for the ReLU.
 
     The smooth relatives of the ReLU get its √2, as in the paper (Table 1, footnote 2). A GLU multiplies the activation
     by an independent factor of unit variance, which leaves the gain as it is.
 
     Args:
-        activation: A name in `torch.nn.functional`, as in `model.ffn_config.ffn_act_fn.name`.
+        activation: A name in `torch.nn.functional`, or in transformers, which has several for the GELU.
+        key: The key of the config that names the activation, for the error.
 
     Raises:
         ValueError: If no gain is known for it.
     """
-    if activation in ("gelu", "quick_gelu", "silu", "mish"):
-        activation = "relu"
+    smooth = str(activation).startswith("gelu") or activation in ("quick_gelu", "silu", "swish", "mish")
     try:
-        return nn.init.calculate_gain(activation)  # type: ignore[arg-type]
+        return nn.init.calculate_gain("relu" if smooth else activation)  # type: ignore[arg-type]
     except ValueError as error:
         raise ValueError(
-            f"model.ffn_config.ffn_act_fn.name: no He gain is known for {activation!r}; "
+            f"{key}: no He gain is known for {activation!r}; "
             "use one of gelu, quick_gelu, silu, mish, relu, leaky_relu, selu, tanh, sigmoid."
         ) from error
 
@@ -80,7 +54,7 @@ def assign_roles(module: nn.Module, activation: str = "gelu") -> None:
         activation: The activation in front of W_d.
     """
     for name, child in module.named_modules():
-        role = ROLES.get(name.rpartition(".")[2])
+        role = find_role(name)
         if role is not None and isinstance(child, nn.Linear | nn.Embedding):
             if role.name == "W_d":
                 role = replace(role, activation=activation)
@@ -110,6 +84,12 @@ def backbone_std(role: Role, backbone: Backbone, fan_in: int, d_model: int, div_
 def is_number(value: Any) -> bool:
     """Whether a value of a config is a number; Python takes a boolean for one."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def fan_in(module: nn.Module) -> int:
+    """Return d_in of a matrix: its columns, or its rows in GPT-2's transposed Conv1D."""
+    assert isinstance(module.weight, Tensor)
+    return module.weight.size(0 if isinstance(module, Conv1D) else 1)
 
 
 def residual_divisor(init_div_is_residual: Any, n_layers: int) -> float:
@@ -148,19 +128,50 @@ class MatrixInit:
         """What foundry's own module init functions would call, for a matrix that `init_matrix` did not take."""
         raise ValueError(
             f"model.init_config draws each matrix by its role, and one of shape {tuple(weight.shape)} has none: "
-            "set `model.name: wesar_mpt_causal_lm`."
+            "set `model.name: wesar_mpt_causal_lm`, and `model.ffn_config.ffn_type` to mptmlp or mptglu."
         )
 
 
-@summon_dtensor
-def init_matrix(module: nn.Module, init_fn_: Any, div_is_residual: float = 1.0, **_: Any) -> bool:
-    """Initialise a matrix that has a role, and refuse a reparameterised layer to every plain init function.
+def _stock_role(module: nn.Module, d_model: int) -> Role | None:
+    """Return the role of a matrix of foundry's own MPT, whose init functions see a module without its name.
 
-    Returns:
-        Whether it took the module; stock modules under stock init functions are never taken.
+    Foundry marks the outputs to the residual stream. Of these, W_o takes d features and W_d takes more. All other
+    matrices of a plain model have one rule.
 
     Raises:
-        ValueError: If layer and init function do not belong together.
+        ValueError: If the module shows that this does not tell W_o from W_d, or that W_d's gain is not √2.
+    """
+    if isinstance(module, nn.Embedding):
+        return ROLES["wte"]
+    if isinstance(module, nn.Linear):
+        if not getattr(module, "_is_residual", False):
+            return ROLES["up_proj"]
+        return ROLES["out_proj"] if module.in_features == d_model else replace(ROLES["down_proj"], activation="gelu")
+    wrong = None
+    if isinstance(module, GroupedQueryAttention) and module.out_proj.in_features != d_model:
+        wrong = "model.head_dim: n_heads × head_dim is not d_model"
+    if isinstance(module, MPTMLP):
+        if module.down_proj.in_features == d_model:
+            wrong = "model.expansion_ratio: W_d is as wide as W_o"
+        activation = getattr(module.act, "func", module.act).__name__
+        if activation_gain(activation) != activation_gain("gelu"):
+            wrong = f"model.ffn_config.ffn_act_fn.name: {activation} has not the gain of the GELU"
+    if wrong and not any(hasattr(child, "role") for child in module.children()):
+        raise ValueError(f"{wrong}, which the init function of mpt_causal_lm cannot see: use wesar_mpt_causal_lm.")
+    return None
+
+
+@summon_dtensor
+def init_matrix(
+    module: nn.Module, init_fn_: Any, div_is_residual: float = 1.0, emb_init_std: float | None = None, **_: Any
+) -> bool:
+    """Initialise a matrix by its role, and refuse a reparameterised layer to every plain init function.
+
+    Returns:
+        Whether it took the module; under foundry's own init functions it takes none.
+
+    Raises:
+        ValueError: If layer and init function do not belong together, or the role of a matrix cannot be known.
     """
     if not isinstance(init_fn_, MatrixInit):
         if isinstance(module, Reparameterized):
@@ -170,25 +181,30 @@ def init_matrix(module: nn.Module, init_fn_: Any, div_is_residual: float = 1.0, 
                 "or `model.fc_type: torch`."
             )
         return False
+    sigma = init_fn_.sigma
     role: Role | None = getattr(module, "role", None)
+    if role is None and sigma is None:
+        role = _stock_role(module, init_fn_.d_model)
     if role is None:
         return False
-    assert isinstance(module, nn.Linear | nn.Embedding)
-    sigma = init_fn_.sigma
     if (sigma is not None) != isinstance(module, Reparameterized):
         raise ValueError(
             f"model.init_config.name: wesar_ is for reparameterised layers and he_init_ for plain ones, and "
             f"{type(module).__name__} is not: set `model.fc_type: {{name: {'torch' if sigma is None else 'wesar'}}}`, "
             f"or `model.init_config.name: {'wesar_' if sigma is None else 'he_init_'}`."
         )
-    std = backbone_std(role, init_fn_.backbone, module.weight.size(1), init_fn_.d_model, div_is_residual)
-    nn.init.normal_(module.weight, std=std if sigma is None else sigma)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    std = backbone_std(role, init_fn_.backbone, fan_in(module), init_fn_.d_model, div_is_residual)
+    if isinstance(module, nn.Embedding) and emb_init_std is not None:
+        std = emb_init_std
+    nn.init.normal_(weight, std=std if sigma is None else sigma)
     if isinstance(module, nn.Embedding):
         if module.padding_idx is not None:
             with torch.no_grad():
-                module.weight[module.padding_idx].fill_(0)
-    elif module.bias is not None:
-        nn.init.zeros_(module.bias)
+                weight[module.padding_idx].fill_(0)
+    elif isinstance(bias := getattr(module, "bias", None), Tensor):
+        nn.init.zeros_(bias)
     if isinstance(module, Reparameterized) and sigma is not None:
         # Embedding scaling: its output has variance 1 whatever the backbone, by its gate or by its constant.
         virtual_std = 1.0 / module.scale if isinstance(module, ScaledEmbedding) else std
@@ -202,6 +218,7 @@ def check_init_config(
     backbone: Any = "he",
     gain_init: Any = "method",
     init_div_is_residual: Any = True,
+    emb_init_std: Any = None,
     **kwargs: Any,
 ) -> None:
     """Refuse a `model.init_config` of `wesar_` or `he_init_` that is wrong or has keys that would change nothing.
@@ -212,6 +229,7 @@ def check_init_config(
         backbone: As for `wesar_`.
         gain_init: As for `wesar_`.
         init_div_is_residual: As for `residual_divisor`.
+        emb_init_std: As for `he_init_`.
         **kwargs: Everything else; foundry fills in its defaults for all init functions, and those pass.
 
     Raises:
@@ -228,14 +246,41 @@ def check_init_config(
         for key, value, choices in (("backbone", backbone, Backbone), ("gain_init", gain_init, GainInit)):
             if value not in get_args(choices):
                 raise ValueError(f"model.init_config.{key}: {value!r} is not one of {', '.join(get_args(choices))}.")
-    elif sigma is not None:
-        kwargs["sigma"] = sigma
+        unused = {"emb_init_std": emb_init_std}
+    else:
+        known |= {"emb_init_std"}
+        if emb_init_std is not None and (not is_number(emb_init_std) or not 0 < emb_init_std < math.inf):
+            raise ValueError(f"model.init_config.emb_init_std: {emb_init_std!r} is not a positive number.")
+        unused = {"sigma": sigma}
+    kwargs |= {key: value for key, value in unused.items() if value is not None}
     for key, value in kwargs.items():
         if key not in init_config_defaults or value != init_config_defaults[key]:
             raise ValueError(
                 f"model.init_config.{key}: {value!r} is not used by {name}; remove it. "
                 f"Known keys: {', '.join(sorted(known))}."
             )
+
+
+def check_tied_embedding(emb_init_std: Any, d_model: int, untie: str) -> None:
+    """Refuse a standard deviation of W_e at which W_p, if it is the same matrix, would make huge logits.
+
+    The final norm's output has a norm of √d, so that logits start with `emb_init_std` × √d, and far above that for the
+    token that was read last: with a standard deviation of 1, d = 768 starts at a loss of 724.
+
+    Args:
+        emb_init_std: As for `he_init_`.
+        d_model: d.
+        untie: The key of the config that unties the two, for the error.
+
+    Raises:
+        ValueError: If logits would start with a standard deviation above 4.
+    """
+    if is_number(emb_init_std) and emb_init_std * math.sqrt(d_model) > 4:
+        raise ValueError(
+            f"model.init_config.emb_init_std: {emb_init_std!r} is also the standard deviation of W_p, since the "
+            f"embeddings are tied, and would start logits at {emb_init_std * math.sqrt(d_model):.3g}: "
+            f"set it to null, or `{untie}: false`."
+        )
 
 
 def wesar_(
@@ -279,24 +324,30 @@ def he_init_(
     n_layers: int,
     d_model: int,
     init_div_is_residual: int | float | bool = True,
+    emb_init_std: float | None = None,
     **kwargs: Any,
 ) -> None:
     r"""He initialisation of plain layers as the paper has it (Table 1).
 
     :math:`W_\bullet \sim N(0, \text{gain}^2/d_\text{in})`, σ_o and σ_d divided by √2N. Unlike foundry's
-    `kaiming_normal_` it has the gain √2 for W_d alone. W_e is drawn with √(1/d), like the others; embedding scaling is
-    `model.embedding_scaling`.
+    `kaiming_normal_` it has the gain √2 for W_d alone. Embeddings are drawn with √(1/d), like the others, unless
+    `emb_init_std` is set; embedding scaling by a constant is `model.embedding_scaling`.
+
+    Foundry's own `mpt_causal_lm` works too. Its untied `lm_head` is built after the init function has run, so that with
+    `init_device: cpu` or `mixed` it keeps torch's default, a standard deviation of √(1/3d).
 
     Args:
         module: The module whose own parameters are to be written.
         n_layers: N.
         d_model: d.
         init_div_is_residual: As in foundry: True divides σ_o and σ_d by √2N, a number by that, False by nothing.
+        emb_init_std: As in foundry: the standard deviation of W_e, and of learned positions; 1 with gates in the
+            optimizer.
         **kwargs: Foundry's other defaults of `model.init_config`, accepted only at their default.
 
     Raises:
-        ValueError: If a key is unknown, or a matrix is reparameterised or has no role.
+        ValueError: If a key is unknown, or a matrix is reparameterised or its role cannot be known.
     """
     kwargs.pop("name", None)
-    check_init_config("he_init_", init_div_is_residual=init_div_is_residual, **kwargs)
-    generic_param_init_fn_(module, MatrixInit("he", d_model), n_layers, d_model, init_div_is_residual)
+    check_init_config("he_init_", init_div_is_residual=init_div_is_residual, emb_init_std=emb_init_std, **kwargs)
+    generic_param_init_fn_(module, MatrixInit("he", d_model), n_layers, d_model, init_div_is_residual, emb_init_std)

@@ -9,10 +9,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from yaml import YAMLError
 
-from llmfoundry_wesar.initialization import Role, backbone_std, is_number, residual_divisor
+from llmfoundry_wesar.initialization import backbone_std, is_number, residual_divisor
 from llmfoundry_wesar.layers import Reparameterized, ScaledEmbedding
 from llmfoundry_wesar.methods import expand
 from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM, check_keys, did_you_mean
+from llmfoundry_wesar.roles import Role
 
 
 @dataclass(frozen=True)

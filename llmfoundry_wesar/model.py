@@ -22,15 +22,16 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from llmfoundry_wesar.attention import drop_full_mask
 from llmfoundry_wesar.initialization import (
-    ROLES,
     activation_gain,
     assign_roles,
     backbone_std,
     check_init_config,
+    check_tied_embedding,
     is_number,
 )
 from llmfoundry_wesar.layers import EMBEDDINGS, Gated, GatedLinear, Reparameterized, WeightNormLinear
 from llmfoundry_wesar.losses import LossHead, LossLinear, LossTerms, cross_entropy
+from llmfoundry_wesar.roles import ROLES
 
 # Init functions that draw each matrix by its role; the first is for reparameterised layers, the second for plain ones.
 _ROLE_INITS = ("wesar_", "he_init_")
@@ -183,6 +184,8 @@ class WeSaRMPTConfig(MPTConfig):
             raise ValueError(
                 "model.attn_config.fused_qkv: true would give W_q, W_k and W_v one gate between them: set it to false."
             )
+        if self.tie_word_embeddings:
+            check_tied_embedding(self.init_config.get("emb_init_std"), self.d_model, "model.tie_word_embeddings")
         if init not in _ROLE_INITS:
             known = {*init_config_defaults, *arguments(param_init_fns.get(init))}
             for key in self.init_config.keys() - known:
@@ -198,9 +201,9 @@ class WeSaRMPTConfig(MPTConfig):
                 f"model.ffn_config.ffn_type: {self.ffn_config['ffn_type']} has matrices that {init} does not know; "
                 "use mptmlp or mptglu."
             )
-        if self.learned_pos_emb:
+        if self.learned_pos_emb and reparameterized:
             raise ValueError(
-                f"model.learned_pos_emb: true has no σ_• under {init}; the paper has RoPE: "
+                "model.learned_pos_emb: true has no reparameterised layer; the paper has RoPE: "
                 "set `learned_pos_emb: false`, `attn_config: {rope: true, rope_impl: hf}`."
             )
 

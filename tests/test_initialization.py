@@ -3,12 +3,14 @@ import math
 import pytest
 import torch
 from llmfoundry.layers_registry import param_init_fns
+from llmfoundry.models.mpt import MPTConfig, MPTForCausalLM
 from torch import nn
 
-from llmfoundry_wesar.initialization import ROLES, activation_gain, backbone_std
+from llmfoundry_wesar.initialization import activation_gain, backbone_std
 from llmfoundry_wesar.layers import GatedLinear, Reparameterized
 from llmfoundry_wesar.methods import names
 from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM
+from llmfoundry_wesar.roles import ROLES
 from tests.tiny import PAPER_SIGMA, build, model_config
 
 # Table 1, as the paper prints it: standard deviation by role, with d and N.
@@ -170,7 +172,7 @@ def test_wrong_init_config_is_refused_by_key(init_config, message):
 
 
 def test_he_init_refuses_sigma():
-    with pytest.raises(ValueError, match=r"sigma: 0.1 is not used by he_init_"):
+    with pytest.raises(ValueError, match=r"sigma: 0.1 is not used by he_init_.*emb_init_std, init_div_is_residual"):
         build(None, init_config={"name": "he_init_", "sigma": 0.1})
 
 
@@ -181,11 +183,84 @@ def test_plain_init_functions_refuse_gated_layers(init):
         param_init_fns.get(init)(GatedLinear(4, 4), n_layers=2, d_model=4, init_std=0.1)
 
 
-@pytest.mark.parametrize("init", ["wesar_", "he_init_"])
-def test_init_by_role_refuses_a_matrix_without_one(init):
-    keys = {"sigma": PAPER_SIGMA} if init == "wesar_" else {}
+def test_wesar_init_refuses_a_matrix_without_a_role():
     with pytest.raises(ValueError, match=r"has none: set `model.name: wesar_mpt_causal_lm`"):
-        param_init_fns.get(init)(nn.Linear(4, 4), n_layers=2, d_model=4, **keys)
+        param_init_fns.get("wesar_")(nn.Linear(4, 4), n_layers=2, d_model=4, sigma=PAPER_SIGMA)
+
+
+def stock(**overrides) -> MPTForCausalLM:
+    """Foundry's own model at d = 64 under `he_init_`, fused, tied and with learned positions unless overridden."""
+    torch.manual_seed(0)
+    config = {**model_config(), "d_model": 64, "init_config": {"name": "he_init_"}, "learned_pos_emb": True}
+    config |= {"attn_config": {"attn_impl": "torch"}, "tie_word_embeddings": True, "no_bias": False, **overrides}
+    return MPTForCausalLM(MPTConfig(**config))
+
+
+@pytest.mark.parametrize("ffn_type", ["mptmlp", "mptglu"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_stock_mpt_starts_by_table_1(ffn_type, device):
+    """Fused q, k, v, a GLU, learned positions and W_e, on both devices; norms are 1 and biases 0.
+
+    On the meta device Composer calls the init function for modules with parameters of their own only, parents first.
+    """
+    model = stock(ffn_config={"ffn_type": ffn_type}, init_device=device)
+    if device == "meta":
+        model.to_empty(device="cpu")
+        for parameter in model.parameters():
+            parameter.data.fill_(float("nan"))
+        for module in model.modules():
+            if list(module.parameters(recurse=False)):
+                model.param_init_fn(module)
+    residual = math.sqrt(2 * 2)
+    expected = dict.fromkeys(["wte", "wpe", "Wqkv", "up_proj", "gate_proj"], math.sqrt(1 / 64))
+    expected |= {"out_proj": math.sqrt(1 / 64) / residual, "down_proj": math.sqrt(2 / 256) / residual}
+    for name, parameter in model.named_parameters():
+        *_, module, kind = name.split(".")
+        if parameter.ndim == 2:
+            assert within_sampling_error(parameter, expected[module]), name
+        else:
+            assert torch.equal(parameter, torch.full_like(parameter, "norm" in module and kind == "weight")), name
+
+
+def test_emb_init_std_is_that_of_embeddings_and_positions_alone():
+    model = stock(tie_word_embeddings=False, init_config={"name": "he_init_", "emb_init_std": 1.0}).transformer
+    assert within_sampling_error(model.wte.weight, 1.0) and within_sampling_error(model.wpe.weight, 1.0)
+    assert within_sampling_error(model.blocks[0].attn.Wqkv.weight, math.sqrt(1 / 64))
+    ours = build(None, init_config={"name": "he_init_", "emb_init_std": 1.0}, d_model=64).model
+    assert within_sampling_error(ours.transformer.wte.weight, 1.0)
+    assert within_sampling_error(ours.lm_head.weight, math.sqrt(1 / 64))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"expansion_ratio": 1}, "model.expansion_ratio: W_d is as wide as W_o"),
+        ({"head_dim": 8}, "model.head_dim: n_heads × head_dim is not d_model"),
+        ({"ffn_config": {"ffn_act_fn": {"name": "tanh"}}}, "ffn_act_fn.name: tanh has not the gain of the GELU"),
+        ({"ffn_config": {"ffn_act_fn": {"name": "celu"}}}, "ffn_act_fn.name: no He gain is known for 'celu'"),
+        ({"fc_type": {"name": "wesar"}}, "wesar_ is for reparameterised layers and he_init_ for plain ones"),
+        ({"init_config": {"name": "he_init_", "emb_init_std": 0}}, "emb_init_std: 0 is not a positive number"),
+    ],
+)
+def test_what_the_stock_model_hides_from_its_init_function_is_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        stock(**overrides)
+
+
+def test_our_model_shows_its_roles():
+    """The same options as above, and the scales of gain/√d_in."""
+    options = {"init_config": {"name": "he_init_"}, "d_model": 64, "no_bias": False, "learned_pos_emb": True}
+    options |= {"attn_config": {"rope": False, "fused_qkv": True}, "tie_word_embeddings": True}
+    model = build(None, **options, expansion_ratio=1, head_dim=8).model.transformer
+    assert within_sampling_error(model.wpe.weight, math.sqrt(1 / 64))
+    assert within_sampling_error(model.blocks[0].attn.Wqkv.weight, math.sqrt(1 / 64))
+    assert within_sampling_error(model.blocks[0].attn.out_proj.weight, math.sqrt(1 / 32) / 2)
+    assert within_sampling_error(model.blocks[0].ffn.down_proj.weight, math.sqrt(2 / 64) / 2)
+
+
+def test_tied_embeddings_cannot_start_at_one():
+    with pytest.raises(ValueError, match=r"emb_init_std: 1.0 is also the standard deviation of W_p.*set it to null"):
+        build(None, tie_word_embeddings=True, init_config={"name": "he_init_", "emb_init_std": 1.0})
 
 
 def test_stock_layers_are_left_to_foundry():

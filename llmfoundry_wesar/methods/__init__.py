@@ -1,13 +1,17 @@
 """The compared methods and the paper's training settings: one YAML file each, and the transform that expands them.
 
 `variables.method` and `variables.setting` in a training config name a file of this folder or of `settings/`. Its keys
-become defaults under the run's own keys: whatever the run sets itself stays. A file may extend another one.
+become defaults under the run's own keys: whatever the run sets itself stays. A file may extend another one. A method
+replaces what the setting says, and its `null` takes a key of the setting away.
 """
 
 from pathlib import Path
 from typing import Any
 
+from llmfoundry.models.mpt.configuration_mpt import MPTConfig
 from omegaconf import DictConfig, OmegaConf
+
+from llmfoundry_wesar.initialization import check_tied_embedding
 
 _FOLDER = Path(__file__).parent
 # The variables that name a file, and where the files are.
@@ -31,6 +35,22 @@ def load(kind: str, name: str) -> DictConfig:
     assert isinstance(config, DictConfig)
     base = config.pop("extends", None)
     return OmegaConf.merge(load(kind, base), config) if base else config  # type: ignore[return-value]
+
+
+def _without_nulls(config: dict[Any, Any]) -> dict[str, Any]:
+    return {
+        str(key): _without_nulls(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if value is not None
+    }
+
+
+def _check_stock_model(config: dict[str, Any]) -> None:
+    """Refuse for foundry's own MPT, which has no such check, a standard deviation that tied embeddings cannot have."""
+    model = config.get("model") or {}
+    if model.get("name") == "mpt_causal_lm" and model.get("tie_word_embeddings", True):
+        std = (model.get("init_config") or {}).get("emb_init_std")
+        check_tied_embedding(std, model.get("d_model", MPTConfig().d_model), "model.tie_word_embeddings")
 
 
 def _check_data(config: dict[str, Any]) -> None:
@@ -63,7 +83,8 @@ def expand(config: dict[str, Any], check_data: bool = True) -> dict[str, Any]:
         The expanded config.
 
     Raises:
-        ValueError: If the method or setting is not known, or a folder is not there.
+        ValueError: If the method or setting is not known, a folder is not there, or W_e and W_p are one matrix of
+            `mpt_causal_lm` and would start at W_e's scale.
     """
     variables = config.get("variables") or {}
     if not isinstance(variables, dict):
@@ -71,9 +92,12 @@ def expand(config: dict[str, Any], check_data: bool = True) -> dict[str, Any]:
     defaults = [load(kind, variables[kind]) for kind in _FOLDERS if variables.get(kind) is not None]
     if not defaults:
         return config
-    merged = OmegaConf.to_container(OmegaConf.merge(*defaults, OmegaConf.create(config)), resolve=True)
+    default = OmegaConf.to_container(OmegaConf.merge(*defaults))
+    assert isinstance(default, dict)
+    merged = OmegaConf.to_container(OmegaConf.merge(_without_nulls(default), config), resolve=True)
     assert isinstance(merged, dict)
     expanded = {str(key): value for key, value in merged.items()}
+    _check_stock_model(expanded)
     if check_data:
         _check_data(expanded)
     return expanded

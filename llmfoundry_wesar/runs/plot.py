@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatter
 
+from llmfoundry_wesar.roles import BY_NAME
 from llmfoundry_wesar.runs.scalars import (
-    ROLES,
     Curve,
     Scalars,
     find_curves,
@@ -150,7 +150,7 @@ def _moving_average(values: np.ndarray, points: int) -> np.ndarray:
 
 
 def _symbol(role: str) -> str:
-    return f"$W_{{{role[2:]}}}$" if role in ROLES.values() else role
+    return f"$W_{{{role[2:]}}}$" if role in BY_NAME else role
 
 
 def _line_style(curve: Curve, spec: Spec, deepest: int) -> dict[str, Any]:

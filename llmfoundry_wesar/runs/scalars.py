@@ -14,22 +14,10 @@ from typing import IO, NamedTuple
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
+from llmfoundry_wesar.roles import BY_NAME, find_role
+
 Scalars = dict[str, tuple[np.ndarray, np.ndarray]]
 """Metric key → (steps, values): int64, increasing, and float32, which is what TensorBoard keeps."""
-
-# As in `initialization`, whose import takes many seconds.
-ROLES = {
-    "wte": "W_e",
-    "Wqkv": "W_qkv",
-    "Wq": "W_q",
-    "Wk": "W_k",
-    "Wv": "W_v",
-    "out_proj": "W_o",
-    "gate_proj": "W_g",
-    "up_proj": "W_u",
-    "down_proj": "W_d",
-    "lm_head": "W_p",
-}
 
 
 class Curve(NamedTuple):
@@ -166,9 +154,9 @@ def load_runs(paths: Sequence[str | Path], labels: Sequence[str] = ()) -> dict[s
 
 
 def rank(role: str) -> tuple[int, str]:
-    """Sorts roles as in `ROLES`, others by name behind them."""
-    symbols = list(ROLES.values())
-    return (symbols.index(role) if role in symbols else len(symbols), role)
+    """Sorts roles as in `BY_NAME`, others by name behind them."""
+    names = list(BY_NAME)
+    return (names.index(role) if role in names else len(names), role)
 
 
 def find_curves(run: str, scalars: Scalars, prefix: str) -> list[Curve]:
@@ -181,10 +169,11 @@ def find_curves(run: str, scalars: Scalars, prefix: str) -> list[Curve]:
         # A vector gate is logged as gate/<module>/mean, /min and /max.
         first, module, statistic = [*metric.split("/"), "", ""][:3]
         if first == prefix and statistic in ("", "mean"):
-            name = module.rpartition(".")[2]
-            block = re.search(r"\.blocks\.(\d+)\.", module)
+            role = find_role(module)
+            name = role.name if role else module.rpartition(".")[2]
+            block = re.search(r"\.(?:blocks|layers|h)\.(\d+)\.", module)  # MPT, Llama and most others, GPT-2
             family = prefix.removeprefix("virtual_")
-            curves.append(Curve(run, metric, family, ROLES.get(name, name), int(block[1]) if block else None))
+            curves.append(Curve(run, metric, family, name, int(block[1]) if block else None))
     return sorted(curves, key=lambda curve: (rank(curve.role), curve.block or 0))
 
 

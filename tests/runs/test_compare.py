@@ -1,5 +1,6 @@
 """Series of runs: what is planned, and that an interrupted series ends like an uninterrupted one."""
 
+import csv
 import fcntl
 import math
 import os
@@ -76,6 +77,14 @@ def test_hash_depends_on_what_changes_the_result_and_on_nothing_else(tmp_path):
         make(tmp_path, ["wesar_small"]),
     ]
     assert len({run.config_hash, *(other.config_hash for (other,) in others)}) == 1 + len(others)
+
+
+def test_the_committed_runs_are_those_of_todays_quickstart():
+    """One run of each method: a change of the YAML, of a method or of a setting shows in the hash."""
+    path = Path(__file__).parents[2] / "results/quickstart-compare/runs.csv"
+    rows = [row for row in csv.DictReader(path.open()) if row["seed"] == "1"]
+    runs = plan(CONFIG, [row["method"] for row in rows], [1], path.parent)
+    assert [run.config_hash for run in runs] == [row["config_hash"] for row in rows]
 
 
 def test_commands_are_the_stock_ones(tmp_path):

@@ -10,9 +10,9 @@ from composer.loggers import InMemoryLogger, TensorboardLogger
 from composer.models import ComposerModel
 from torch import nn
 
-from llmfoundry_wesar import initialization, scalars
 from llmfoundry_wesar.callbacks.update_ratio_monitor import UpdateRatioMonitor
 from llmfoundry_wesar.runs.scalars import (
+    Scalars,
     find_curves,
     load_runs,
     median_update_ratio_quotient,
@@ -26,7 +26,7 @@ from tests.logged_runs import pretraining, record
 HEADER = b"run,metric,step,value\n"
 
 
-def assert_holds(read: scalars.Scalars, logged: dict[str, dict[int, float]]) -> None:
+def assert_holds(read: Scalars, logged: dict[str, dict[int, float]]) -> None:
     """All metrics, steps and values; TensorBoard rounds values to float32, so equality is exact after that."""
     assert read.keys() == logged.keys()
     for metric, (steps, values) in read.items():
@@ -217,10 +217,6 @@ def test_paths_without_logs_are_refused(tmp_path: Path):
         read_runs(tmp_path)
 
 
-def test_roles_are_those_of_the_initialization():
-    assert {name: role.name for name, role in initialization.ROLES.items()} == scalars.ROLES
-
-
 def test_curves_know_their_matrix():
     """By role, then by block as a number; of a vector gate the mean; other matrices by their own name."""
     one = (np.array([0]), np.float32([1]))
@@ -233,16 +229,20 @@ def test_curves_know_their_matrix():
         "gate/model.transformer.blocks.2.attn.Wq/max",
         "gate/model.transformer.wpe",
         "gate/model.transformer.wte",
+        "gate/model.layers.3.self_attn.o_proj",
+        "gate/model.adapter",
         "update_ratio/model.lm_head",
     )
     found = find_curves("run", dict.fromkeys(keys, one), "gate")
     assert [(curve.role, curve.block, curve.metric) for curve in found] == [
         ("W_e", None, "gate/model.transformer.wte"),
+        ("W_pos", None, "gate/model.transformer.wpe"),
         ("W_q", 2, "gate/model.transformer.blocks.2.attn.Wq/mean"),
+        ("W_o", 3, "gate/model.layers.3.self_attn.o_proj"),
         ("W_d", 2, "gate/model.transformer.blocks.2.ffn.down_proj"),
         ("W_d", 10, "gate/model.transformer.blocks.10.ffn.down_proj"),
         ("W_p", None, "gate/model.lm_head"),
-        ("wpe", None, "gate/model.transformer.wpe"),
+        ("adapter", None, "gate/model.adapter"),
     ]
 
 

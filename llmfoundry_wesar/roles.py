@@ -1,0 +1,58 @@
+"""What each matrix of a Transformer does, by the name of its module. It imports nothing heavy: `plot` starts fast."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a matrix does in the Transformer, as far as its initial scale depends on it.
+
+    Attributes:
+        name: The paper's name of the matrix (section 2).
+        residual: Whether its output is added to the residual stream, so that σ_• is divided by √2N.
+        activation: What is in front of it, for He's gain.
+    """
+
+    name: str
+    residual: bool = False
+    activation: str = "linear"
+
+
+# What foundry's MPT and the decoders of transformers call their matrices: the last part of the module's path, or the
+# last two where one is not enough. Names that the paper does not have: W_pos learned positions, W_qkv W_q, W_k and W_v
+# in one matrix, W_g the gate projection of a GLU, W_r the router of a mixture of experts.
+ROLES = {
+    name: role
+    for role, names in (
+        (Role("W_e"), "wte embed_tokens embed_in word_embeddings"),
+        (Role("W_pos"), "wpe embed_positions"),
+        (Role("W_qkv"), "Wqkv c_attn query_key_value qkv_proj"),
+        (Role("W_q"), "Wq q_proj"),
+        (Role("W_k"), "Wk k_proj"),
+        (Role("W_v"), "Wv v_proj"),
+        (
+            Role("W_o", residual=True),
+            "out_proj o_proj attn.c_proj attention.dense self_attn.dense self_attention.dense",
+        ),
+        (Role("W_r"), "gate router shared_expert_gate"),
+        (Role("W_g"), "gate_proj w1"),
+        (Role("W_u"), "up_proj c_fc fc1 fc_in dense_h_to_4h w3 gate_up_proj"),
+        (Role("W_d", residual=True), "down_proj mlp.c_proj fc2 fc_out dense_4h_to_h w2"),
+        (Role("W_p"), "lm_head embed_out"),
+    )
+    for name in names.split()
+}
+
+# Each role once, by its name, in the order of the forward pass.
+BY_NAME = {role.name: role for role in ROLES.values()}
+
+
+def find_role(path: str, roles: Mapping[str, Role] = ROLES) -> Role | None:
+    """Return the role of the matrix at a module's path, or None if no name in `roles` fits.
+
+    >>> find_role("transformer.h.0.mlp.c_proj").name
+    'W_d'
+    """
+    *_, parent, name = ["", *path.split(".")]
+    return roles.get(f"{parent}.{name}") or roles.get(name)
