@@ -31,25 +31,67 @@ def load_in_transformers5(folders: dict[str, Path], prompts: torch.Tensor, text:
         For each folder `class`, `dtype`, `unexpected` and `missing` keys of its files, `logits` of the prompts in
         float32, what `greedy` generation adds to the prompts `cached` and `uncached`, and the `ids` of the text.
     """
+    folders_as_text = {name: str(path) for name, path in folders.items()}
+    return _run({"task": "load", "folders": folders_as_text, "prompts": prompts, "text": text}, out)
+
+
+def fine_tune_in_transformers5(folder: Path, ids: torch.Tensor, steps: int, out: Path) -> list[float]:
+    """Train an exported folder on some text with peft's LoRA, as docs/tools.md says, and save the merged model.
+
+    Args:
+        folder: What `export` wrote.
+        ids: (B, S), the text.
+        steps: Of AdamW.
+        out: A folder to write.
+
+    Returns:
+        The loss before each step, and that of the merged model: steps + 1 values.
+    """
+    job = {"task": "fine_tune", "folder": str(folder), "ids": ids, "steps": steps, "out": str(out)}
+    return _run(job, out.with_suffix(".pt"))["losses"]
+
+
+def _run(job: dict[str, Any], file: Path) -> dict[str, Any]:
     assert PACKAGES.is_dir(), f"{PACKAGES} is missing; make it with `make` or as {__file__} says"
-    torch.save({"folders": {name: str(path) for name, path in folders.items()}, "prompts": prompts, "text": text}, out)
-    job = subprocess.run(
-        [sys.executable, __file__, out],
+    torch.save(job, file)
+    process = subprocess.run(
+        [sys.executable, __file__, file],
         env={**os.environ, "PYTHONPATH": str(PACKAGES), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    assert job.returncode == 0, job.stdout
-    return torch.load(out)
+    assert process.returncode == 0, process.stdout
+    return torch.load(file)
 
 
-def _main(file: str) -> None:
-    import transformers
+def _fine_tune(job: dict[str, Any]) -> dict[str, Any]:
+    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    assert int(transformers.__version__.split(".")[0]) >= 5, transformers.__version__
-    job, results = torch.load(file), {}
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_pretrained(job["folder"])
+    model = get_peft_model(plain, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    losses = []
+    for _ in range(job["steps"]):
+        loss = model(job["ids"], labels=job["ids"]).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    merged = model.merge_and_unload()
+    merged.save_pretrained(job["out"])
+    AutoTokenizer.from_pretrained(job["folder"]).save_pretrained(job["out"])
+    with torch.no_grad():
+        losses.append(merged(job["ids"], labels=job["ids"]).loss.item())
+    return {"losses": losses}
+
+
+def _load(job: dict[str, Any]) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    results = {}
     for name, folder in job["folders"].items():
         model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         greedy = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -65,7 +107,15 @@ def _main(file: str) -> None:
             "uncached": model.generate(job["prompts"][:, :8], use_cache=False, **greedy),
             "ids": AutoTokenizer.from_pretrained(folder)(job["text"]).input_ids,
         }
-    torch.save(results, file)
+    return results
+
+
+def _main(file: str) -> None:
+    import transformers
+
+    assert int(transformers.__version__.split(".")[0]) >= 5, transformers.__version__
+    job = torch.load(file)
+    torch.save({"load": _load, "fine_tune": _fine_tune}[job["task"]](job), file)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+import torch.nn.functional as F
 from llmfoundry.models.mpt.modeling_mpt import ComposerMPTCausalLM
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
@@ -20,7 +21,7 @@ from llmfoundry_wesar.export.checkpoints import find_checkpoint
 from llmfoundry_wesar.export.conversion import to_hf
 from llmfoundry_wesar.export.files import export, load, reparameterize
 from tests.trained import EXPRESSIBLE, INEXPRESSIBLE, LENGTH, TEXT, assert_same_logits, logits, train
-from tests.transformers5 import load_in_transformers5
+from tests.transformers5 import fine_tune_in_transformers5, load_in_transformers5
 
 FLOAT32 = 1e-5  # as in test_conversion
 _HF_FILES = {
@@ -126,6 +127,25 @@ def test_the_stock_trainer_continues_from_either_format(text_data, trained, expo
     )
     reparameterize(exported["wesar"], tmp_path / "gated.pt")
     assert _first_loss(text_data, tmp_path / "gated.pt") == pytest.approx(loss, rel=1e-5)
+
+
+def _loss(model: torch.nn.Module, ids: torch.Tensor) -> float:
+    return F.cross_entropy(logits(model, ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+
+
+def test_lora_goes_on_from_the_export_and_wesar_from_lora(exported, trained, text_data, tmp_path):
+    """The loss continues where the last model's ended, 1e-5 for float32, and falls: export → peft → gates → trainer."""
+    case = trained["wesar"]
+    losses = fine_tune_in_transformers5(exported["wesar"], case.ids, 10, tmp_path / "tuned")
+    assert losses[0] == pytest.approx(_loss(load(case.folder)[0], case.ids), rel=1e-5)
+    assert losses[-1] < losses[0] - 0.1
+    reparameterize(tmp_path / "tuned", tmp_path / "gated.pt")
+    gated, _ = load(tmp_path / "gated.pt")
+    assert _loss(gated, case.ids) == pytest.approx(losses[-1], rel=1e-5)
+    # A step so small that the model hardly moves: the trainer has loaded this one and trains it on.
+    options = [f"load_path={tmp_path / 'gated.pt'}", "load_weights_only=true", "max_duration=1ba", "optimizer.lr=1e-9"]
+    again = train(text_data, *options).state.model.model
+    assert _loss(again, case.ids) == pytest.approx(losses[-1], rel=1e-5)
 
 
 def test_every_way_round_ends_at_the_same_function(trained, exported, tmp_path):
