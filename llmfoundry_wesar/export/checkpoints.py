@@ -232,7 +232,8 @@ def _read_sharded(path: Path) -> Any:
     except Exception as error:
         raise ValueError(f"{path}/.metadata: refused or damaged ({error}).") from error
     try:
-        load(values, storage_reader=reader, planner=_Planner(flatten_state_dict=False), no_dist=True)
+        with torch.serialization.safe_globals(_PLAIN_CLASSES):
+            load(values, storage_reader=reader, planner=_Planner(flatten_state_dict=False), no_dist=True)
     except CheckpointException as failure:
         error = next(iter(failure.failures.values()))[0]
         if isinstance(error, FileNotFoundError):

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmfoundry_wesar.export.checkpoints import find_checkpoint, read_checkpoint
+from llmfoundry_wesar.export.checkpoints import Progress, find_checkpoint, read_checkpoint
 from llmfoundry_wesar.export.files import load
-from tests.trained import SHARDED, VOCABULARY, assert_same_logits, logits
+from tests.trained import LENGTH, SHARDED, VOCABULARY, assert_same_logits, logits
 
 
 @pytest.mark.parametrize("case", SHARDED)
@@ -21,6 +21,7 @@ def test_a_sharded_checkpoint_is_the_model_that_was_trained(case, sharded):
     1e-5 since the two multiply matrices that were gathered from shards, in an order of their own.
     """
     model, tokenizer = load(sharded[case].folder)
+    assert read_checkpoint(sharded[case].folder).progress == Progress("tiny", 4, 4 * 8 * LENGTH)
     assert len(tokenizer) == VOCABULARY
     assert_same_logits(logits(model, sharded[case].ids), sharded[case].logits, 1e-5)
 
@@ -29,6 +30,7 @@ def test_a_whole_checkpoint_is_the_model_that_was_trained(trained):
     """The parameters themselves, so to the bit."""
     checkpoint = read_checkpoint(trained["wesar"].folder)
     assert checkpoint.config["fc_type"]["name"] == "wesar"
+    assert checkpoint.progress == Progress("tiny", 4, 4 * 8 * LENGTH)
     assert len(checkpoint.tokenizer) == VOCABULARY
     model, _ = load(trained["wesar"].folder)
     assert torch.equal(logits(model, trained["wesar"].ids), trained["wesar"].logits)
