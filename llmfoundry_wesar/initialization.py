@@ -6,6 +6,7 @@ layer and, under the init functions of this module, every matrix; norms are left
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -21,6 +22,8 @@ from llmfoundry_wesar.layers import GainInit, Reparameterized, ScaledEmbedding
 from llmfoundry_wesar.roles import ROLES, Role, find_role
 
 Backbone = Literal["he", "small"]
+# The backbone of the init functions for plain layers; `small_init_` is foundry's own.
+BACKBONES: dict[str, Backbone] = {"he_init_": "he", "small_init_": "small"}
 
 
 def activation_gain(activation: str, key: str = "model.ffn_config.ffn_act_fn.name") -> float:
@@ -79,6 +82,17 @@ def backbone_std(role: Role, backbone: Backbone, fan_in: int, d_model: int, div_
     """
     std = activation_gain(role.activation) / math.sqrt(fan_in) if backbone == "he" else math.sqrt(2 / (5 * d_model))
     return std / div_is_residual if role.residual else std
+
+
+def embedding_std(init_config: Mapping[str, Any], d_model: int) -> float | None:
+    """Return σ_e of a plain embedding, as `model.init_config` has it drawn, or None where that does not tell it."""
+    if std := init_config.get("emb_init_std"):
+        return std
+    if (limit := init_config.get("emb_init_uniform_lim")) is not None:
+        low, high = limit if isinstance(limit, Sequence) else (-limit, limit)
+        return (high - low) / math.sqrt(12)
+    backbone = BACKBONES.get(init_config["name"])
+    return backbone and backbone_std(ROLES["wte"], backbone, d_model, d_model, 1.0)
 
 
 def is_number(value: Any) -> bool:

@@ -1,15 +1,29 @@
 """What a config would train, worked out without allocating a weight: `llmfoundry-wesar inspect`."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
+from llmfoundry.models.mpt import MPTConfig, MPTForCausalLM
 from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from yaml import YAMLError
 
-from llmfoundry_wesar.initialization import backbone_std, is_number, residual_divisor
+from llmfoundry_wesar.hf_model import ComposerWeSaRHFCausalLM, check_hf_keys, role_init
+from llmfoundry_wesar.initialization import (
+    BACKBONES,
+    assign_roles,
+    backbone_std,
+    check_tied_embedding,
+    embedding_std,
+    fan_in,
+    is_number,
+    residual_divisor,
+)
 from llmfoundry_wesar.layers import Reparameterized, ScaledEmbedding
 from llmfoundry_wesar.methods import expand
 from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM, check_keys, did_you_mean
@@ -99,20 +113,94 @@ def load_config(path: str, overrides: list[str] | None = None, check_data: bool 
     return expand(OmegaConf.to_container(loaded, resolve=True), check_data)  # type: ignore[arg-type]
 
 
-def _matrix(module: nn.Linear | nn.Embedding, role: Role, config: Any, lr: float) -> Matrix:
+@dataclass(frozen=True)
+class _Start:
+    """What the initial scales of a model's matrices follow from.
+
+    Attributes:
+        init: `model.init_config`.
+        n_layers: N.
+        d_model: d.
+        embedding_std: σ_e of plain layers.
+        output_std: σ_p where that does not follow from the backbone.
+    """
+
+    init: Mapping[str, Any]
+    n_layers: int
+    d_model: int
+    embedding_std: float | None
+    output_std: float | None = None
+
+
+def _mpt(name: str, section: dict[str, Any]) -> tuple[nn.Module, _Start]:
+    """Build an MPT on the meta device, ours or foundry's own, whose matrices then have roles too."""
+    for key in ("loss_fn", "use_train_metrics", "additional_train_metrics", "master_weights_dtype"):
+        section.pop(key, None)
+    config = (WeSaRMPTConfig if name == "wesar_mpt_causal_lm" else MPTConfig)(**{**section, "init_device": "meta"})
     init = config.init_config
+    if init["name"] not in ("wesar_", *BACKBONES):
+        raise ValueError(
+            f"model.init_config.name: {init['name']!r} has no σ_• in the paper; use wesar_, he_init_ or small_init_."
+        )
+    if isinstance(config, WeSaRMPTConfig):
+        return WeSaRMPTForCausalLM(config), _Start(init, config.n_layers, config.d_model, config.embedding_std)
+    if config.tie_word_embeddings:
+        check_tied_embedding(init.get("emb_init_std"), config.d_model, "model.tie_word_embeddings")
+    model = MPTForCausalLM(config)
+    model.apply(model.param_init_fn)  # writes nothing here, but refuses what it could not initialise
+    assign_roles(model, (config.ffn_config.get("ffn_act_fn") or {"name": "gelu"})["name"])
+    # Foundry builds lm_head after the init function has run, and torch draws it from U(−1/√d, 1/√d).
+    output_std = None if section.get("init_device") == "meta" else 1 / math.sqrt(3 * config.d_model)
+    return model, _Start(init, config.n_layers, config.d_model, embedding_std(init, config.d_model), output_std)
+
+
+def _hf(section: dict[str, Any]) -> tuple[nn.Module, _Start]:
+    """Build a Hugging Face decoder on the meta device, whose matrices have roles."""
+    check_hf_keys(section)
+    if section.get("pretrained", True):
+        raise ValueError("model.pretrained: true starts from a checkpoint, whose scales inspect does not know.")
+    config = ComposerWeSaRHFCausalLM.build_config(
+        section["pretrained_model_name_or_path"],
+        trust_remote_code=section.get("trust_remote_code", True),
+        use_auth_token=section.get("use_auth_token", False),
+        attn_implementation="eager",
+        config_overrides=section.get("config_overrides") or {},
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    role_init(model, section["init_config"])
+    init, d_model = section["init_config"], config.hidden_size
+    return model, _Start(init, config.num_hidden_layers, d_model, embedding_std(init, d_model))
+
+
+def _matrix(module: nn.Module, role: Role, start: _Start, lr: float, sigma: float | None) -> Matrix:
+    """Say what one matrix starts at.
+
+    Args:
+        module: It holds the matrix.
+        role: The matrix's.
+        start: What its scale follows from.
+        lr: The learning rate.
+        sigma: σ if the optimizer holds the gates, else None.
+    """
+    assert isinstance(module.weight, torch.Tensor)
     rows, columns = module.weight.shape
-    divisor = residual_divisor(init["init_div_is_residual"], config.n_layers)
-    backbone = init.get("backbone", "small" if init["name"] == "small_init_" else "he")
     scale = module.scale if isinstance(module, ScaledEmbedding) else 1.0
     if isinstance(module, nn.Embedding):
-        wanted = 1.0 / scale if isinstance(module, Reparameterized) else config.embedding_std
+        wanted = 1.0 / scale if isinstance(module, Reparameterized) else start.embedding_std
+        assert wanted is not None
+    elif role.name == "W_p" and start.output_std is not None:
+        wanted = start.output_std
     else:
-        wanted = backbone_std(role, backbone, columns, config.d_model, divisor)
+        divisor = residual_divisor(start.init.get("init_div_is_residual", True), start.n_layers)
+        backbone = start.init.get("backbone") or BACKBONES.get(start.init["name"], "he")
+        wanted = backbone_std(role, backbone, fan_in(module), start.d_model, divisor)
     std, gate = wanted, None
     if isinstance(module, Reparameterized):
-        std = init["sigma"]
-        gate, wanted = module.expected_start((rows, columns), std, wanted, init.get("gain_init", "method"))
+        std = start.init["sigma"]
+        gate, wanted = module.expected_start((rows, columns), std, wanted, start.init.get("gain_init", "method"))
+    elif sigma is not None:
+        std, gate = sigma, wanted / sigma
     return Matrix(role.name, (rows, columns), 1, type(module).__name__, wanted * scale, std, gate, lr / std)
 
 
@@ -131,37 +219,36 @@ def inspect_config(config: dict[str, Any]) -> Inspection:
     for section, key in (("model", "name"), ("optimizer", "lr")):
         if not isinstance(config.get(section), Mapping) or key not in config[section]:
             raise ValueError(f"{section}.{key} is missing: inspect takes a training YAML, as the trainer does.")
-    model_config = {**config["model"], "init_device": "meta"}
-    name = model_config.pop("name")
-    if name != "wesar_mpt_causal_lm":
-        raise ValueError(f"model.name: {name!r} has no roles to inspect; use wesar_mpt_causal_lm.")
-    lr = config["optimizer"]["lr"]
+    section = dict(config["model"])
+    name = section.pop("name")
+    if name not in ("wesar_mpt_causal_lm", "mpt_causal_lm", "wesar_hf_causal_lm"):
+        raise ValueError(
+            f"model.name: {name!r} has no roles to inspect; use wesar_mpt_causal_lm, mpt_causal_lm or "
+            "wesar_hf_causal_lm."
+        )
+    optimizer = config["optimizer"]
+    lr = optimizer["lr"]
     if not is_number(lr) or not lr > 0:
         raise ValueError(f"optimizer.lr: {lr!r} is not a positive number; the paper's is 1.0e-3 (rapid) or 5.0e-4.")
-    check_keys(model_config)
-    for key in ("loss_fn", "use_train_metrics", "additional_train_metrics", "master_weights_dtype"):
-        model_config.pop(key, None)
+    sigma = optimizer.get("sigma", 0.0063245553) if optimizer.get("name") == "wesar_adamw" else None
+    if sigma is not None and (not is_number(sigma) or not 0 < sigma < math.inf):
+        raise ValueError(f"optimizer.sigma: {sigma!r} is not a positive number; the paper's is 0.0063245553.")
+    if name == "wesar_mpt_causal_lm":
+        check_keys(section)
     try:
-        hf_config = WeSaRMPTConfig(**model_config)
-        model = WeSaRMPTForCausalLM(hf_config)
+        model, start = _hf(section) if name == "wesar_hf_causal_lm" else _mpt(name, section)
     except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
         # Foundry checks few types.
         raise ValueError(
             f"model: no model can be built from these values ({type(error).__name__}: {error}); compare their types "
             "with those in yamls/130m.yaml."
         ) from error
-    if hf_config.init_config["name"] not in ("wesar_", "he_init_", "small_init_"):
-        raise ValueError(
-            f"model.init_config.name: {hf_config.init_config['name']!r} has no σ_• in the paper; "
-            "use wesar_, he_init_ or small_init_."
-        )
     matrices: dict[tuple, Matrix] = {}
     for module in model.modules():
         role = getattr(module, "role", None)
         if role is None:
             continue
-        assert isinstance(module, nn.Linear | nn.Embedding)
-        matrix = _matrix(module, role, hf_config, lr)
+        matrix = _matrix(module, role, start, lr, sigma)
         key = (matrix.role, matrix.shape)
         matrices[key] = replace(matrix, count=matrices[key].count + 1) if key in matrices else matrix
     return Inspection(list(matrices.values()), sum(p.numel() for p in model.parameters()))

@@ -5,7 +5,7 @@ import functools
 import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -24,9 +24,9 @@ from llmfoundry_wesar.attention import drop_full_mask
 from llmfoundry_wesar.initialization import (
     activation_gain,
     assign_roles,
-    backbone_std,
     check_init_config,
     check_tied_embedding,
+    embedding_std,
     is_number,
 )
 from llmfoundry_wesar.layers import EMBEDDINGS, Gated, GatedLinear, Reparameterized, WeightNormLinear
@@ -113,14 +113,8 @@ class WeSaRMPTConfig(MPTConfig):
         if issubclass(fc_class, Reparameterized):
             shape = (self.vocab_size, self.d_model)
             return fc_class.expected_start(shape, init["sigma"], 1.0, init.get("gain_init", "method"))[1]
-        if init.get("emb_init_std"):
-            return init["emb_init_std"]
-        if (limit := init.get("emb_init_uniform_lim")) is not None:
-            low, high = limit if isinstance(limit, Sequence) else (-limit, limit)
-            return (high - low) / math.sqrt(12)
-        if init["name"] in ("small_init_", "he_init_"):
-            backbone = "small" if init["name"] == "small_init_" else "he"
-            return backbone_std(ROLES["wte"], backbone, self.d_model, self.d_model, 1.0)
+        if std := embedding_std(init, self.d_model):
+            return std
         raise ValueError(
             f"model.embedding_scaling: true needs σ_e, and model.init_config.name: {init['name']} does not tell it; "
             "set model.init_config.emb_init_std, or use small_init_, he_init_ or wesar_."

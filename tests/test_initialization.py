@@ -11,7 +11,7 @@ from llmfoundry_wesar.layers import GatedLinear, Reparameterized
 from llmfoundry_wesar.methods import names
 from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM
 from llmfoundry_wesar.roles import ROLES
-from tests.tiny import PAPER_SIGMA, build, model_config
+from tests.tiny import PAPER_SIGMA, build, model_config, within_sampling_error
 
 # Table 1, as the paper prints it: standard deviation by role, with d and N.
 TABLE_1 = {
@@ -39,11 +39,6 @@ SIZES = [(32, 2), (64, 3), (96, 1)]
 
 def matrices(model):
     return {name: module for name, module in model.named_modules() if hasattr(module, "role")}
-
-
-def within_sampling_error(weight, std):
-    """Six standard errors of the standard deviation of n normal draws, σ/√2n: one false alarm in 10⁹ matrices."""
-    return abs(weight.std(correction=0).item() - std) < 6 * std / math.sqrt(2 * weight.numel())
 
 
 @pytest.mark.parametrize(("d", "N"), SIZES)

@@ -2,12 +2,16 @@ import json
 import math
 
 import pytest
+import torch
+from llmfoundry.utils.builders import build_composer_model
 from typer.testing import CliRunner
 
 from llmfoundry_wesar.cli import app
 from llmfoundry_wesar.inspection import inspect_config, load_config
 from llmfoundry_wesar.methods import names
-from tests.tiny import build
+from llmfoundry_wesar.roles import find_role
+from tests.test_hf_model import saved
+from tests.tiny import build, within_sampling_error
 
 
 @pytest.mark.parametrize(
@@ -53,6 +57,48 @@ def test_what_is_said_is_what_is_built(method):
         assert virtual.std().item() * getattr(module, "scale", 1) == pytest.approx(row.virtual_std, rel=0.08)
         if row.gate is not None:
             assert module.gate.mean().item() == pytest.approx(row.gate, rel=0.05)
+
+
+HE = {"name": "he_init_", "emb_init_std": 1.0}
+STOCK = {"loss_fn": "torch_crossentropy", "attn_config": {"attn_impl": "torch"}, "init_config": HE}
+STOCK |= {"name": "mpt_causal_lm", "d_model": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 97}
+HF = {"name": "wesar_hf_causal_lm", "pretrained": False, "init_config": HE, "z_loss": 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("section", "roles"),
+    [
+        ({**STOCK, "tie_word_embeddings": False}, "W_e W_pos W_qkv W_o W_u W_d W_p"),
+        ({**STOCK, "init_config": {"name": "small_init_"}}, "W_e W_pos W_qkv W_o W_u W_d"),
+        ({**HF, "pretrained_model_name_or_path": "Llama"}, "W_e W_q W_k W_v W_o W_g W_u W_d W_p"),
+        (
+            {**HF, "pretrained_model_name_or_path": "GPT2", "init_config": {"name": "he_init_"}},
+            "W_e W_pos W_qkv W_o W_u W_d",
+        ),
+    ],
+)
+def test_a_plain_model_under_the_gated_optimizer(section, roles, tmp_path):
+    """σ_• is that of the model that foundry builds, σ the optimizer's, and the gate carries the one to the other.
+
+    Foundry's untied lm_head is drawn by torch, after the init function; what is said counts that in.
+    """
+    if family := section.get("pretrained_model_name_or_path"):
+        section = {**section, "pretrained_model_name_or_path": saved(tmp_path, family)}
+    inspection = inspect_config({"model": section, "optimizer": {"name": "wesar_adamw", "lr": 1e-3, "sigma": 0.01}})
+    assert [matrix.role for matrix in inspection.matrices] == roles.split()
+    rows = {matrix.role: matrix for matrix in inspection.matrices}
+    torch.manual_seed(0)
+    model = build_composer_model(section["name"], {k: v for k, v in section.items() if k != "name"}, None).model
+    assert inspection.parameters == sum(p.numel() for p in model.parameters())
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2:
+            row = rows[find_role(name.removesuffix(".weight")).name]
+            assert tuple(weight.shape) == row.shape
+            assert within_sampling_error(weight, row.virtual_std), name
+            assert (row.std, row.gate) == (0.01, pytest.approx(row.virtual_std / 0.01))
+            assert row.update_ratio == pytest.approx(0.1)
+    adamw = inspect_config({"model": section, "optimizer": {"name": "adamw", "lr": 1e-3}})
+    assert [(row.std, row.gate) for row in adamw.matrices] == [(row.virtual_std, None) for row in inspection.matrices]
 
 
 @pytest.mark.parametrize("key", ["emb_init_std", "emb_init_uniform_lim"])
@@ -106,7 +152,13 @@ def test_what_is_no_config_is_refused_in_one_line(file, message):
     ("overrides", "message"),
     [
         ("variables.method=wezar", "variables.method: 'wezar'"),
-        ("model.name=mpt_causal_lm", "model.name: 'mpt_causal_lm'"),
+        ("model.name=hf_causal_lm", "model.name: 'hf_causal_lm'"),
+        ("model.name=mpt_causal_lm", "set `model.name: wesar_mpt_causal_lm`"),
+        ("model.name=wesar_hf_causal_lm", "wesar_hf_causal_lm has no such key"),
+        (
+            "optimizer.name=wesar_adamw optimizer.sigma=0 variables.method=he_init",
+            "optimizer.sigma: 0 is not a positive",
+        ),
         ("model.init_config.sigma=0", "sigma: 0 is not a positive number"),
         ("model.zloss=0", "model.zloss: 0 is of no use"),
         ("model.attn_config.rope_impl=dail", "flash_attn"),

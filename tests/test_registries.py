@@ -18,6 +18,11 @@ from tests.tiny import model_config
 OURS = [e for e in entry_points() if e.dist is not None and e.dist.name.replace("-", "_") == "llmfoundry_wesar"]
 REGISTERED = [(e.group.removeprefix("llmfoundry_"), e.name) for e in OURS if e.group.startswith("llmfoundry_")]
 KEYS = {"wesar_": {"sigma": 0.1}, "he_init_": {}}
+LLAMA = {"pretrained_model_name_or_path": "yamls/llama-160m", "pretrained": False, "init_device": "meta"}
+MODELS = {
+    "wesar_mpt_causal_lm": model_config("wesar"),
+    "wesar_hf_causal_lm": {**LLAMA, "init_config": {"name": "he_init_"}},
+}
 
 
 @pytest.mark.parametrize(("kind", "name"), REGISTERED)
@@ -27,7 +32,7 @@ def test_every_registered_name_builds(kind, name):
         "attention_classes": lambda: build_attention_layer(name, {"d_model": 8, "n_heads": 2}),
         "fcs": lambda: build_fc(name, 4, 6, {"name": name, "bias": False}),
         "callbacks": lambda: build_callback(name, {"save_folder": "x", "save_interval": "1ba"} if "hf" in name else {}),
-        "models": lambda: build_composer_model(name, model_config("wesar"), None),
+        "models": lambda: build_composer_model(name, MODELS[name], None),
         "optimizers": lambda: build_optimizer(model, name, {"lr": 0.1}),
         "config_transforms": lambda: registry.config_transforms.get(name)({}) == {},
         "module_init_fns": lambda: registry.module_init_fns.get(name)(model, init_fn_=nn.init.zeros_) is False,

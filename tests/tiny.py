@@ -1,5 +1,6 @@
 """A model small enough for every test, and its pieces."""
 
+import math
 from typing import Any
 
 import torch
@@ -44,3 +45,8 @@ def batch(sequences: int = 3, length: int = 16, seed: int = 1) -> dict[str, torc
     """Random tokens, all of them with a target."""
     ids = torch.randint(0, 97, (sequences, length), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "labels": ids.clone()}
+
+
+def within_sampling_error(weight, std):
+    """Six standard errors of the standard deviation of n normal draws, σ/√2n: one false alarm in 10⁹ matrices."""
+    return abs(weight.std(correction=0).item() - std) < 6 * std / math.sqrt(2 * weight.numel())
