@@ -47,4 +47,4 @@ def sharded(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     from tests.distributed import launch
     from tests.trained import train_sharded
 
-    return launch(train_sharded, text_data, tmp_path_factory.mktemp("sharded"), FSDP_VERSION="2")[0]
+    return launch(train_sharded, text_data, tmp_path_factory.mktemp("sharded"))[0]

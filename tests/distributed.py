@@ -1,14 +1,18 @@
-"""Run a test's function on several processes, on CPUs over gloo.
+"""Run a test's function on two processes, on CPUs over gloo.
 
-Started with torchrun: Composer's launcher does the same, but importing Composer once more takes it ten seconds.
+The two start at the first call and wait for further ones: importing Composer and foundry takes each of them longer than
+most of the functions.
 """
 
+import functools
+import multiprocessing
 import os
 import pickle
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -16,43 +20,74 @@ import torch
 from composer.utils import dist
 
 REPOSITORY = Path(__file__).parents[1]
+PROCESSES = 2
 
 
-def launch(
-    function: Callable[..., Any], *args: Any, processes: int = 2, timeout: float = 300, **environment: str
-) -> list:
-    """Call ``function(*args)`` in each of the processes of one job.
+def launch(function: Callable[..., Any], *args: Any, timeout: float = 300) -> list:
+    """Call ``function(*args)`` in each of two processes, with FSDP_VERSION=2.
 
     Args:
         function: At the top level of a module in `tests`; torch.distributed is initialised when it is called.
         args: Arguments that can be pickled, as its result must be.
-        processes: How many processes; 1 gives the single process to compare with, in the same environment.
-        timeout: Seconds after which the job is killed and the test fails.
-        environment: Further environment variables, such as FSDP_VERSION="2".
+        timeout: Seconds after which the processes are killed and the test fails.
 
     Returns:
         The results, by rank.
 
     Raises:
-        AssertionError: If the job failed; the message holds the end of its output.
+        AssertionError: If the function failed; the message holds the end of what the processes printed.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "call").write_bytes(pickle.dumps((function, args)))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command += ["-m", "tests.distributed", folder]
-        # Composer reads NODE_RANK, which torchrun does not set.
-        cpu = {"CUDA_VISIBLE_DEVICES": "", "NODE_RANK": "0", "OMP_NUM_THREADS": "1"}
-        job = subprocess.run(
-            command,
-            cwd=REPOSITORY,
-            env={**os.environ, **cpu, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout,
-        )
-        assert job.returncode == 0, f"{' '.join(command)} failed:\n{job.stdout[-8000:]}"
-        return [pickle.loads(Path(folder, str(rank)).read_bytes()) for rank in range(processes)]
+    try:
+        return _job().call(function, args, timeout)
+    except AssertionError:
+        _job.cache_clear()  # the next call starts new processes
+        raise
+
+
+class _Job:
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._output = Path(self._folder.name, "output")
+        self._processes, self._connections = [], []
+        # What Composer reads; torch.distributed.run would set it too, but imports torch once more.
+        world = {"WORLD_SIZE": f"{PROCESSES}", "LOCAL_WORLD_SIZE": f"{PROCESSES}", "NODE_RANK": "0"}
+        cpu = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "FSDP_VERSION": "2"}
+        for rank in range(PROCESSES):
+            ours, theirs = multiprocessing.Pipe()
+            with self._output.open("a") as output:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "tests.distributed", str(theirs.fileno()), f"{self._folder.name}/store"],
+                    cwd=REPOSITORY,
+                    env={**os.environ, **world, **cpu, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"},
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=[theirs.fileno()],
+                )
+            theirs.close()  # so that reading from ours ends when the process does
+            self._processes.append(process)
+            self._connections.append(ours)
+
+    def call(self, function: Callable[..., Any], args: tuple, timeout: float) -> list:
+        try:
+            for connection in self._connections:
+                # Connection.send would pass tensors as handles of shared memory.
+                connection.send_bytes(pickle.dumps((function, args)))
+            results = []
+            for connection in self._connections:
+                if not connection.poll(timeout):
+                    raise TimeoutError(f"no result after {timeout} s")
+                results.append(pickle.loads(connection.recv_bytes()))
+            return results
+        except (EOFError, OSError) as error:
+            for process in self._processes:
+                process.kill()
+                process.wait()
+            raise AssertionError(f"{function.__name__} failed:\n{self._output.read_text()[-8000:]}") from error
+
+
+@functools.cache
+def _job() -> _Job:
+    return _Job()
 
 
 def _mend_gloo() -> None:
@@ -68,12 +103,19 @@ def _mend_gloo() -> None:
     torch.distributed.reduce_scatter_tensor = averaged
 
 
-def _call(folder: Path) -> None:
-    dist.initialize_dist("cpu")
+def _serve(connection: Connection, store: str) -> None:
+    """Call what the process of the tests sends, until that process ends."""
+    rank = dist.get_global_rank()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES)
     _mend_gloo()
-    function, args = pickle.loads((folder / "call").read_bytes())
-    (folder / str(dist.get_global_rank())).write_bytes(pickle.dumps(function(*args)))
+    while True:
+        try:
+            call = connection.recv_bytes()
+        except EOFError:
+            return
+        function, args = pickle.loads(call)
+        connection.send_bytes(pickle.dumps(function(*args)))
 
 
 if __name__ == "__main__":
-    _call(Path(sys.argv[1]))
+    _serve(Connection(int(sys.argv[1])), sys.argv[2])

@@ -78,7 +78,7 @@ def test_fused_adamw_trains_as_the_plain_one_on_one_process_and_on_two(dataset, 
     fused, sharded = "optimizer.fused=true", ["fsdp_config.sharding_strategy=FULL_SHARD", "model.init_device=mixed"]
     plain = train_methods(dataset, tmp_path / "plain", ["wesar"], "optimizer.fused=false", "optimizer.foreach=false")
     one = train_methods(dataset, tmp_path / "one", ["wesar"], fused)
-    two = launch(train_methods, dataset, tmp_path / "two", ["wesar"], fused, *sharded, FSDP_VERSION="2")
+    two = launch(train_methods, dataset, tmp_path / "two", ["wesar"], fused, *sharded)
     assert_same(one["wesar"], plain["wesar"], 1e-5)
     assert_same(two[0]["wesar"], one["wesar"], 1e-5)
 

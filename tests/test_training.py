@@ -74,7 +74,7 @@ def test_every_method_on_two_fsdp2_processes_logs_what_one_process_does(dataset,
     methods = names("method")
     one = train_methods(dataset, tmp_path / "one", methods, "device_train_microbatch_size=4")
     sharded = ["fsdp_config.sharding_strategy=FULL_SHARD", "model.init_device=mixed"]
-    two = launch(train_methods, dataset, tmp_path / "two", methods, *sharded, FSDP_VERSION="2", timeout=600)
+    two = launch(train_methods, dataset, tmp_path / "two", methods, *sharded, timeout=600)
     for method in methods:
         assert len([key for key in one[method] if key.startswith("update_ratio/")]) == 14
         assert_same(two[0][method], one[method], 5e-5)
@@ -124,7 +124,7 @@ def test_two_fsdp2_processes_resume_to_the_bit_and_load_a_gated_file(dataset, tm
     that it was made from, but for the rounding of α(W̄/α) to float32, 1e-7. With `load_monolith_rank0_only` and without
     `init_device: mixed` WeSaR's is 3.4 and not 1.4.
     """
-    runs = launch(stop_resume_and_reload_each, dataset, tmp_path, FSDP_VERSION="2", timeout=600)[0]
+    runs = launch(stop_resume_and_reload_each, dataset, tmp_path, timeout=600)[0]
     for method, (whole, rest, loaded) in runs.items():
         assert len(whole["loss/train/total"]) == 4
         for checkpoints in ("sharded", "full"):

@@ -63,7 +63,7 @@ def _monitored_everywhere() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two_processes() -> list[dict[str, Any]]:
-    return launch(_monitored_everywhere, FSDP_VERSION="2")
+    return launch(_monitored_everywhere)
 
 
 @pytest.fixture(scope="module")
