@@ -235,9 +235,18 @@ def test_a_full_disk_leaves_nothing(command, trained, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_missing_package_is_named_with_its_extra(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmfoundry_wesar.export.files.find_spec", lambda name: None)
+    line = _run("export", trained["wesar"].folder, tmp_path / "out", "--format", "gguf")
+    assert "the package gguf is missing: pip install 'llmfoundry_wesar[gguf]'" in line
+
+
 def test_unknown_options_are_named(trained, tmp_path):
     assert "--format onnx: not one of hf, gguf, mpt" in _run(
         "export", trained["wesar"].folder, tmp_path / "out", "--format", "onnx"
+    )
+    assert "--dtype q8_0: not one of float32, bfloat16, float16" in _run(
+        "export", trained["wesar"].folder, tmp_path / "out", "--dtype", "q8_0"
     )
     assert "--dtype int8" in _run("export", trained["wesar"].folder, tmp_path / "out", "--dtype", "int8")
     assert "'nope' is not known; use one of" in _run(
