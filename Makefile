@@ -8,7 +8,7 @@ export PYTHONWARNINGS := ignore
 # Otherwise pyright asks PyPI at every run whether there is a newer version.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-# The tests' tensors are so small that threads would only wait for one another.
+# The tests have two processes, and tensors so small that threads would only wait for one another.
 test: export OMP_NUM_THREADS = 1
 
 .PHONY: quickstart figures test check clean
@@ -25,7 +25,7 @@ figures: $(VENV)/ready
 	llmfoundry-wesar plot results/quickstart.csv --out results/quickstart.png
 
 test: $(VENV)/ready $(VENV)/transformers5
-	pytest
+	pytest -n 2
 
 # What CI runs.
 check: $(VENV)/ready

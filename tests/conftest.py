@@ -1,3 +1,5 @@
+import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -5,6 +7,37 @@ import pytest
 from streaming import MDSWriter
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
+
+# Started first, so that no process of `pytest -n` is left alone with a long one at the end.
+LONGEST = ["trained", "test_compare.py", "test_training.py", "test_step.py", "test_quickstart.py", "test_results.py"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the processes of `pytest -n` from taking the same names of shared memory.
+
+    streaming takes the first free number for them, and two trainers that start at the same moment can take the same. It
+    passes over numbers that have a lock file in the folder for temporary files: here those of the other processes.
+    """
+    if (worker := os.environ.get("PYTEST_XDIST_WORKER")) is None:
+        return
+    folder = tempfile.TemporaryDirectory()
+    config.add_cleanup(folder.cleanup)
+    os.environ["TMPDIR"] = tempfile.tempdir = folder.name
+    for number in range(1000):
+        if number % int(os.environ["PYTEST_XDIST_WORKER_COUNT"]) != int(worker.removeprefix("gw")):
+            Path(folder.name, f"{number:06}_barrier_filelock").touch()
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give the tests of a file to one process of `pytest -n`, and all those that share trained models."""
+
+    def group(item: pytest.Item) -> str:
+        return "trained" if {"trained", "sharded"} & set(getattr(item, "fixturenames", ())) else item.path.name
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    items.sort(key=lambda item: LONGEST.index(group(item)) if group(item) in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")
