@@ -1,6 +1,7 @@
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,15 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 # Started first, so that no process of `pytest -n` is left alone with a long one at the end.
-LONGEST = ["trained", "test_compare.py", "test_training.py", "test_step.py", "test_quickstart.py", "test_results.py"]
+LONGEST = ["trained", *(f"tests/{name}.py" for name in ("runs/test_compare", "test_training", "test_step"))]
+LONGEST += ["tests/test_quickstart.py", "tests/test_results.py"]
+
+
+def group(test: str) -> str:
+    """Return the file of a test, or one name for all files with tests of the models of `trained` and `sharded`."""
+    file = test.partition("::")[0]
+    trained = ("tests/export/", "tests/callbacks/test_merged_hf_checkpointer", "tests/test_evaluate")
+    return "trained" if file.startswith(trained) else file
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,16 +37,22 @@ def pytest_configure(config: pytest.Config) -> None:
             Path(folder.name, f"{number:06}_barrier_filelock").touch()
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give the tests of a file to one process of `pytest -n`, and all those that share trained models."""
+    groups = [group(item.nodeid) for item in items]
+    order = LONGEST + [name for name in dict.fromkeys(groups) if name not in LONGEST]
+    items.sort(key=lambda item: order.index(group(item.nodeid)))
 
-    def group(item: pytest.Item) -> str:
-        return "trained" if {"trained", "sharded"} & set(getattr(item, "fixturenames", ())) else item.path.name
 
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    items.sort(key=lambda item: LONGEST.index(group(item)) if group(item) in LONGEST else len(LONGEST))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each group of tests to one process of `pytest -n`, so that what they share is made once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
+    return ByGroup(config, log)
 
 
 @pytest.fixture(scope="session")
