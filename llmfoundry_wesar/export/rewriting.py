@@ -76,7 +76,7 @@ def embed(matrix: Tensor, width: int) -> Tensor:
     v[d] += 1
     v /= v.norm()
     columns = padded.view(width, -1)
-    return columns.addr(v, v @ columns, alpha=-2).view_as(padded)
+    return columns.addr_(v, v @ columns, alpha=-2).view_as(padded)
 
 
 def reader(matrix: Tensor, gain: Tensor, width: int) -> Tensor:
@@ -90,7 +90,7 @@ def reader(matrix: Tensor, gain: Tensor, width: int) -> Tensor:
     Returns:
         (n, D).
     """
-    return math.sqrt(gain.numel() / width) * embed((matrix * gain).T, width).T
+    return embed((matrix * gain).T, width).T.mul_(math.sqrt(gain.numel() / width))
 
 
 def pad_heads(tensor: Tensor, heads: Heads, wider: Heads, groups_only: bool = False) -> Tensor:
