@@ -7,7 +7,6 @@ with logits x, targets t, both sums over the n unmasked tokens, and ζ = `z_loss
 Shapes: T tokens, V entries of the vocabulary, d width of the model.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,10 +16,11 @@ from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
 
-# Logits in one chunk. The float32 copies of a chunk are all that is held beside the logits and their gradient.
+# Logits in one chunk on a CPU. The float32 copies of a chunk are all that is held beside the logits and their gradient.
 _CHUNK = 2**23
-# Larger with the projection, where each chunk also adds a V×d product to the weight's gradient.
-_PROJECTED_CHUNK = 2**26
+# Larger with the projection, where each chunk also adds a V×d product to the weight's gradient. On a GPU the chunk is
+# in bfloat16, twice 512 MiB with its gradient.
+_PROJECTED_CHUNK = {"cpu": 2**26, "cuda": 2**28}
 
 
 class LossTerms(NamedTuple):
@@ -38,7 +38,8 @@ class LossTerms(NamedTuple):
 
 
 def _chunks(tokens: int, vocabulary: int, limit: int) -> Iterator[slice]:
-    size = max(1, limit // vocabulary)
+    # A power of two: a GPU's matrix product wants aligned sizes, and equal chunks are compiled once.
+    size = 1 << max(0, (limit // vocabulary).bit_length() - 1)
     return (slice(start, start + size) for start in range(0, tokens, size))
 
 
@@ -58,6 +59,30 @@ def _logits_gradient_(p: Tensor, targets: Tensor, lse: Tensor, z_loss: float, sc
     return p.scatter_add_(-1, targets.clamp(min=0).unsqueeze(-1), -row.unsqueeze(-1))
 
 
+def _row_terms(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of the target and lse of each row, (T) and (T), as `_log_softmax`; compiled, one read of x."""
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    lse = torch.logsumexp(x, -1)
+    return x.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1) - lse, lse
+
+
+def _gradient(logits: Tensor, targets: Tensor, lse: Tensor, z_loss: float, scale: Tensor) -> Tensor:
+    """∂L/∂x (T, V) as `_logits_gradient_`, in the dtype of x; compiled, one read of x and one write."""
+    row = (targets != IGNORE_INDEX).to(lse.dtype) * scale
+    p = torch.exp(logits.to(lse.dtype) - lse.unsqueeze(-1)) * (row * (1 + 2 * z_loss * lse)).unsqueeze(-1)
+    is_target = torch.arange(logits.size(-1), device=logits.device) == targets.unsqueeze(-1)
+    return torch.where(is_target, p - row.unsqueeze(-1), p).to(logits.dtype)
+
+
+def _takes_kernels(logits: Tensor) -> bool:
+    """Whether to use the compiled functions. A CPU is faster with torch's own softmax over chunks that fit its cache."""
+    return logits.is_cuda
+
+
+_compiled_row_terms = torch.compile(_row_terms, dynamic=False)
+_compiled_gradient = torch.compile(_gradient, dynamic=False)
+
+
 def _terms(target_log_p: Tensor, lse: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The three loss terms and n, which is 1 if every token is masked, so that the loss is 0 then."""
     unmasked = targets != IGNORE_INDEX
@@ -70,8 +95,11 @@ def _terms(target_log_p: Tensor, lse: Tensor, targets: Tensor, z_loss: float) ->
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, ...]:  # type: ignore[override]
-        rows = [_log_softmax(logits[c], targets[c])[1:] for c in _chunks(len(logits), logits.size(1), _CHUNK)]
-        target_log_p, lse = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        if _takes_kernels(logits):
+            target_log_p, lse = _compiled_row_terms(logits, targets)
+        else:
+            rows = [_log_softmax(logits[c], targets[c])[1:] for c in _chunks(len(logits), logits.size(1), _CHUNK)]
+            target_log_p, lse = (torch.cat(parts) for parts in zip(*rows, strict=True))
         total, cross_entropy, z, n = _terms(target_log_p, lse, targets, z_loss)
         ctx.save_for_backward(logits, targets, lse, n)
         ctx.z_loss = z_loss
@@ -82,12 +110,44 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         logits, targets, lse, n = ctx.saved_tensors
+        if _takes_kernels(logits):
+            return _compiled_gradient(logits, targets, lse, ctx.z_loss, grad_total / n), None, None
         gradient = torch.empty_like(logits)
         for c in _chunks(len(logits), logits.size(1), _CHUNK):
             # Softmax again: half the memory between the passes, and one rounding in place of two.
             p = torch.softmax(logits[c], -1, dtype=lse.dtype)
             gradient[c] = _logits_gradient_(p, targets[c], lse[c], ctx.z_loss, grad_total / n)
         return gradient, None, None
+
+
+# An operator of its own: `torch.compile` takes it as it is, and does not unroll the chunks into its graph.
+@torch.library.custom_op("llmfoundry_wesar::linear_cross_entropy", mutates_args=())
+def _projected(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities of the targets and lse (T), and n times both gradients of the loss."""
+    grad_hidden = torch.empty_like(hidden)
+    grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    one = torch.ones((), device=hidden.device)
+    rows = []
+    for c in _chunks(len(hidden), len(weight), _PROJECTED_CHUNK[hidden.device.type]):
+        logits = hidden[c] @ weight.T
+        if _takes_kernels(logits):
+            target_log_p, lse = _compiled_row_terms(logits, targets[c])
+            gradient = _compiled_gradient(logits, targets[c], lse, z_loss, one)
+        else:
+            log_p, target_log_p, lse = _log_softmax(logits, targets[c])
+            gradient = _logits_gradient_(log_p.exp_(), targets[c], lse, z_loss, 1.0).to(logits.dtype)
+        rows.append((target_log_p, lse))
+        torch.mm(gradient, weight, out=grad_hidden[c])
+        grad_weight += gradient.T @ hidden[c]
+    target_log_p, lse = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    return target_log_p, lse, grad_hidden, grad_weight
+
+
+@_projected.register_fake
+def _(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    row = hidden.new_empty(len(hidden), dtype=dtype)
+    return row, torch.empty_like(row), torch.empty_like(hidden), torch.empty_like(weight, dtype=dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -98,17 +158,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
         ctx.dtypes = hidden.dtype, weight.dtype
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(dtype, torch.float32))
-        rows = []
-        for c in _chunks(len(hidden), len(weight), _PROJECTED_CHUNK):
-            log_p, target_log_p, lse = _log_softmax(hidden[c] @ weight.T, targets[c])
-            rows.append((target_log_p, lse))
-            gradient = _logits_gradient_(log_p.exp_(), targets[c], lse, z_loss, 1.0).to(dtype)
-            torch.mm(gradient, weight, out=grad_hidden[c])
-            grad_weight += gradient.T @ hidden[c]
-        target_log_p, lse = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        target_log_p, lse, grad_hidden, grad_weight = _projected(hidden.to(dtype), weight.to(dtype), targets, z_loss)
         total, cross_entropy, z, n = _terms(target_log_p, lse, targets, z_loss)
         ctx.save_for_backward(grad_hidden, grad_weight, n)
         ctx.mark_non_differentiable(cross_entropy, z)
@@ -127,8 +177,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> LossT
     r"""Cross-entropy and z-loss, the mean over the unmasked tokens.
 
     One pass over the logits gives the value, and in the backward pass one more gives their gradient in their dtype,
-    :math:`((1 + 2\zeta\,\mathrm{lse}_i)\,p_{iv} - 1[v = t_i])/n`. Arithmetic is in float32, and no more than a chunk of
-    tokens is held in it.
+    :math:`((1 + 2\zeta\,\mathrm{lse}_i)\,p_{iv} - 1[v = t_i])/n`. The logits themselves are left as they are. Arithmetic is
+    in float32. No more than a chunk of tokens is held in it on a CPU, and none on a GPU, where each pass is one compiled
+    kernel.
 
     Args:
         logits: (..., V).
@@ -140,22 +191,12 @@ def cross_entropy(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> LossT
     return LossTerms(*terms)  # type: ignore[misc]
 
 
-@functools.cache
-def _liger() -> Callable[..., Any] | None:
-    """Liger's fused loss if the `gpu` extra is installed."""
-    try:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy  # type: ignore
-    except ImportError:
-        return None
-    return liger_fused_linear_cross_entropy
-
-
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> LossTerms:
     r"""`cross_entropy` of the logits ``hidden @ weight.T``, which never exist as a whole.
 
     Each chunk of tokens is projected, turned into its gradient and multiplied back at once. The products are in the
     dtype that `nn.functional.linear` would use, under autocast too; the weight's gradient is summed over the chunks in
-    float32. On CUDA liger-kernel does the same, if it is installed; it reads one value back to the host in each pass.
+    float32. No value is read back to the host.
 
     Args:
         hidden: (..., d), input of the output projection.
@@ -167,17 +208,6 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     hidden, targets = hidden.reshape(-1, hidden.size(-1)), targets.reshape(-1)
     with torch.autocast(device, enabled=False):
-        if hidden.is_cuda and (liger := _liger()) is not None:
-            output = liger(
-                hidden.to(dtype),
-                weight.to(dtype),
-                targets,
-                lse_square_scale=z_loss,
-                return_z_loss=True,
-                accum_dtype=torch.float32,
-            )
-            z = output.z_loss.detach().float()
-            return LossTerms(output.loss, output.loss.detach() - z, z)
         return LossTerms(*_LinearCrossEntropy.apply(hidden, weight, targets, z_loss, dtype))  # type: ignore[misc]
 
 
