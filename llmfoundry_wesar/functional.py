@@ -43,13 +43,22 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(a, b, out=a.new_empty(torch.broadcast_shapes(a.shape, b.shape), dtype=dtype))
 
 
-def _gate_gradient(grad: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
-    """⟨∂L/∂(αW), W⟩, summed over the dimensions along which the gate is broadcast, in the dtype of the gate."""
-    if weight.is_cuda and gate.numel() == 1 and grad.dtype == weight.dtype == torch.float32:
-        # No product in memory. Not on a CPU, where BLAS adds up in few lanes: 3e-6 off for 2²⁴ terms, a sum 5e-8.
-        return torch.dot(grad.reshape(-1), weight.reshape(-1)).reshape(gate.shape)
-    product = grad.to(torch.promote_types(grad.dtype, gate.dtype)) * weight
-    return product.sum_to_size(gate.shape).to(gate.dtype)
+def _gradients(grad: Tensor, weight: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """∂L/∂W = αG and ∂L/∂α = ⟨G, W⟩, each in the dtype of its parameter; G = `grad` may be overwritten.
+
+    The sum goes over the dimensions along which the gate is broadcast. Compiled, G and W are read once and αG written.
+    """
+    grad = grad.to(torch.promote_types(grad.dtype, weight.dtype))
+    product = grad.to(torch.promote_types(gate.dtype, torch.float32)) * weight
+    if gate.numel() == 1:
+        # By rows first: the compiler joins that sum to the product αG, and a sum of the whole matrix it does not.
+        product = product.sum(-1)
+    grad_gate = product.sum_to_size(gate.shape).to(gate.dtype)
+    return grad.mul_(gate) if grad.dtype == weight.dtype else _product(grad, gate, weight.dtype), grad_gate
+
+
+# For CUDA. With its sizes as constants the compiler joins both results in one kernel.
+_compiled_gradients = torch.compile(_gradients, dynamic=False)
 
 
 class _GatedLinear(torch.autograd.Function):
@@ -79,11 +88,10 @@ class _GatedLinear(torch.autograd.Function):
             # ∂L/∂(αW); both gradients follow from it without another pass over the activations.
             grad = rows.t() @ x.reshape(-1, x.size(-1))
             if needs_gate:
-                grad = grad.to(torch.promote_types(grad.dtype, weight.dtype))
-                grad_gate = _gate_gradient(grad, weight, gate)
-            if needs_weight:
-                in_place = grad.dtype == weight.dtype
-                grad_weight = torch.mul(grad, gate, out=grad) if in_place else _product(grad, gate, weight.dtype)
+                gradients = _compiled_gradients if weight.is_cuda else _gradients
+                grad_weight, grad_gate = gradients(grad, weight, gate)
+            else:
+                grad_weight = _product(grad, gate, weight.dtype)
         return grad_x, grad_weight, grad_gate, rows.sum(0) if needs_bias else None
 
 
@@ -185,4 +193,5 @@ def sigma_reparam(
         _without_autocast(weight),
     ):
         spectral_norm = left.to(dtype) @ (weight.to(dtype) @ right.to(dtype))
-    return weight * (gate / spectral_norm).to(weight.dtype)
+    # Only the product is rounded to the weight's dtype. A 0-dimensional norm would not widen the gate's by itself.
+    return (weight.to(dtype) * (gate.to(dtype) / spectral_norm)).to(weight.dtype)
