@@ -283,7 +283,12 @@ class SpectrallyNormalized(Reparameterized):
         spread = math.sqrt(shape[0]) + math.sqrt(shape[1])
         return (backbone_std * spread, backbone_std) if gain_init == "backbone" else (1.0, 1 / spread)
 
-    def _step(self) -> None:
+    def step_power_iteration(self) -> None:
+        """Move u and v once if `iterate` is set.
+
+        Raises:
+            RuntimeError: In training, if nothing has ever set `iterate`.
+        """
         if not self.training:
             return
         if self.iterate is None:
@@ -312,7 +317,7 @@ class SigmaReparamLinear(SpectrallyNormalized, _ReparameterizedLinear):
         self._add_gate(differentiable_norm)
 
     def forward(self, input: Tensor) -> Tensor:
-        self._step()
+        self.step_power_iteration()
         return super().forward(input)
 
 
@@ -324,7 +329,7 @@ class SigmaReparamEmbedding(SpectrallyNormalized, ScaledEmbedding):
         self._add_gate(differentiable_norm)
 
     def forward(self, input: Tensor, unembed: bool = False) -> Tensor:
-        self._step()
+        self.step_power_iteration()
         return super().forward(input, unembed)
 
 

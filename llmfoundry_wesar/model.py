@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
-from llmfoundry.layers_registry import fcs, param_init_fns
+from llmfoundry.layers_registry import fcs, ffns_with_megablocks, param_init_fns
 from llmfoundry.models.layers.blocks import MPTBlock
 from llmfoundry.models.layers.layer_builders import build_norm
 from llmfoundry.models.mpt.configuration_mpt import MPTConfig
@@ -29,12 +29,23 @@ from llmfoundry_wesar.initialization import (
     embedding_std,
     is_number,
 )
-from llmfoundry_wesar.layers import EMBEDDINGS, Gated, GatedLinear, Reparameterized, WeightNormLinear
+from llmfoundry_wesar.layers import (
+    EMBEDDINGS,
+    Gated,
+    GatedLinear,
+    Reparameterized,
+    SigmaReparamLinear,
+    WeightNormLinear,
+)
 from llmfoundry_wesar.losses import LossHead, LossLinear, LossTerms, cross_entropy
 from llmfoundry_wesar.roles import ROLES
 
 # Init functions that draw each matrix by its role; the first is for reparameterised layers, the second for plain ones.
 _ROLE_INITS = ("wesar_", "he_init_")
+
+
+# What the stock forward takes from a batch.
+_INPUTS = ("input_ids", "attention_mask", "sequence_id", "inputs_embeds", "position_ids")
 
 
 class GatedLossHead(LossHead, GatedLinear):
@@ -45,11 +56,21 @@ class WeightNormLossHead(LossHead, WeightNormLinear):
     """`WeightNormLinear` as a `LossHead`."""
 
 
-# σReparam's power iteration belongs to its own forward, which a loss head replaces.
+class SigmaReparamLossHead(LossHead, SigmaReparamLinear):
+    """`SigmaReparamLinear` as a `LossHead`, with its power iteration in front of the fused loss as well."""
+
+    def forward(self, input: Tensor, targets: Tensor | None = None, z_loss: float = 0.0) -> Tensor | LossTerms:
+        """As `LossHead.forward`."""
+        if targets is not None:
+            self.step_power_iteration()
+        return super().forward(input, targets, z_loss)
+
+
 _LOSS_HEADS: dict[type[nn.Module], type[LossHead]] = {
     nn.Linear: LossLinear,
     GatedLinear: GatedLossHead,
     WeightNormLinear: WeightNormLossHead,
+    SigmaReparamLinear: SigmaReparamLossHead,
 }
 
 
@@ -367,6 +388,7 @@ class ComposerWeSaRMPTCausalLM(ComposerMPTCausalLM):
             )
         check_keys({"loss_fn": loss_fn, **kwargs})
         super().__init__(tokenizer=tokenizer, loss_fn=loss_fn, **kwargs)
+        self.has_megablocks = self.config.ffn_config["ffn_type"] in ffns_with_megablocks
 
     @property
     def model_class(self) -> type[MPTForCausalLM]:
@@ -384,10 +406,14 @@ class ComposerWeSaRMPTCausalLM(ComposerMPTCausalLM):
         A microbatch without padding goes without a mask: attention need only be causal.
         """
         batch = drop_full_mask(batch)
-        if not (self.training and self.config.fused_loss):
+        if self.has_megablocks:
             return super().forward(batch)
-        inputs = ("input_ids", "attention_mask", "sequence_id", "inputs_embeds", "position_ids")
-        return self.model(**{key: batch.get(key) for key in inputs}, targets=self.get_targets(batch))
+        # For any other model the stock forward does the same. It looks into a registry first, which reads the entry
+        # points, and dynamo cannot trace that (torch 2.11, Python 3.12).
+        inputs = {key: batch.get(key) for key in _INPUTS}
+        if self.training and self.config.fused_loss:
+            inputs["targets"] = self.get_targets(batch)
+        return self.model(**inputs)
 
     def loss(self, outputs: CausalLMOutputWithPast | LossTerms, batch: Mapping) -> dict[str, Tensor] | Tensor:  # type: ignore[override]
         """The loss of a microbatch; see the class."""

@@ -281,3 +281,12 @@ def test_a_tokenizer_that_does_not_fit_is_refused():
         ValueError, match=r"model\.vocab_size: 97 is smaller than the tokenizer's 98 tokens: set it to 98"
     ):
         ComposerWeSaRMPTCausalLM(tokenizer=tokenizer, **model_config("wesar"))
+
+
+def test_forward_is_the_stock_one():
+    """It passes the inputs on by itself, for the sake of torch.compile: logits to the bit, with and without a mask."""
+    model, tokens = build("wesar"), batch()
+    mask = torch.ones_like(tokens["input_ids"], dtype=torch.bool)
+    mask[0, 9:] = False
+    for inputs in (tokens, tokens | {"attention_mask": mask}):
+        assert torch.equal(model(inputs).logits, ComposerMPTCausalLM.forward(model, inputs).logits)
