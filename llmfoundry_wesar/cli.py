@@ -43,13 +43,22 @@ def inspect(
     config: Annotated[str, Argument(help="A training YAML.")],
     overrides: Annotated[list[str] | None, Argument(help="key=value, as for the trainer.")] = None,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
+    gpus: Annotated[
+        int | None, Option(min=1, help="Estimate also the memory that training takes on each of so many GPUs.")
+    ] = None,
 ) -> None:
     """Say what each matrix of a config's model starts at, and count its parameters, without allocating them."""
     with one_line_errors(), _few_remarks():
         from llmfoundry_wesar.inspection import inspect_config, load_config
+        from llmfoundry_wesar.memory import estimate
 
-        inspection = inspect_config(load_config(config, overrides))
-    echo(json.dumps(inspection.to_dict(), indent=2) if as_json else str(inspection))
+        loaded = load_config(config, overrides)
+        inspection = inspect_config(loaded)
+        memory = None if gpus is None else estimate(loaded, inspection.parameters, gpus)
+    if as_json:
+        echo(json.dumps(inspection.to_dict() | ({} if memory is None else {"memory": memory.to_dict()}), indent=2))
+    else:
+        echo(str(inspection) if memory is None else f"{inspection}\n\n{memory}")
 
 
 @app.command()

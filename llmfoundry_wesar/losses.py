@@ -20,7 +20,7 @@ IGNORE_INDEX = -100
 _CHUNK = 2**23
 # Larger with the projection, where each chunk also adds a V×d product to the weight's gradient. On a GPU the chunk is
 # in bfloat16, twice 512 MiB with its gradient.
-_PROJECTED_CHUNK = {"cpu": 2**26, "cuda": 2**28}
+PROJECTED_CHUNK = {"cpu": 2**26, "cuda": 2**28}
 
 
 class LossTerms(NamedTuple):
@@ -75,7 +75,7 @@ def _gradient(logits: Tensor, targets: Tensor, lse: Tensor, z_loss: float, scale
 
 
 def _takes_kernels(logits: Tensor) -> bool:
-    """Whether to use the compiled functions. A CPU is faster with torch's own softmax over chunks that fit its cache."""
+    """Whether to use the compiled functions. A CPU is faster with torch's softmax over chunks that fit its cache."""
     return logits.is_cuda
 
 
@@ -128,7 +128,7 @@ def _projected(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -
     grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
     one = torch.ones((), device=hidden.device)
     rows = []
-    for c in _chunks(len(hidden), len(weight), _PROJECTED_CHUNK[hidden.device.type]):
+    for c in _chunks(len(hidden), len(weight), PROJECTED_CHUNK[hidden.device.type]):
         logits = hidden[c] @ weight.T
         if _takes_kernels(logits):
             target_log_p, lse = _compiled_row_terms(logits, targets[c])
@@ -177,9 +177,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> LossT
     r"""Cross-entropy and z-loss, the mean over the unmasked tokens.
 
     One pass over the logits gives the value, and in the backward pass one more gives their gradient in their dtype,
-    :math:`((1 + 2\zeta\,\mathrm{lse}_i)\,p_{iv} - 1[v = t_i])/n`. The logits themselves are left as they are. Arithmetic is
-    in float32. No more than a chunk of tokens is held in it on a CPU, and none on a GPU, where each pass is one compiled
-    kernel.
+    :math:`((1 + 2\zeta\,\mathrm{lse}_i)\,p_{iv} - 1[v = t_i])/n`. The logits themselves are left as they are.
+    Arithmetic is in float32: on a CPU for a chunk of tokens at a time, on a GPU within one compiled kernel a pass.
 
     Args:
         logits: (..., V).

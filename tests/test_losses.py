@@ -39,7 +39,7 @@ def leaf(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def tokens_a_chunk(request, monkeypatch):
     """Set for a vocabulary of 101."""
     monkeypatch.setattr(losses, "_CHUNK", 101 * request.param)
-    monkeypatch.setitem(losses._PROJECTED_CHUNK, "cpu", 101 * request.param)
+    monkeypatch.setitem(losses.PROJECTED_CHUNK, "cpu", 101 * request.param)
 
 
 @pytest.fixture(params=["softmax", "kernels"])
@@ -134,7 +134,7 @@ def test_weight_gradient_is_summed_in_float32():
     hidden, weight = torch.ones(1000, 1, dtype=torch.bfloat16), leaf(torch.zeros(2, 1), torch.float32)
     targets = torch.zeros(1000, dtype=torch.long)
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
-        patch.setitem(losses._PROJECTED_CHUNK, "cpu", 2)
+        patch.setitem(losses.PROJECTED_CHUNK, "cpu", 2)
         linear_cross_entropy(hidden, weight, targets).total.backward()
     torch.testing.assert_close(weight.grad, torch.tensor([[-0.5], [0.5]]), rtol=1e-6, atol=0)
 
@@ -186,7 +186,7 @@ def test_second_backward_gives_the_same_gradient(fused: bool):
 def test_no_more_than_a_chunk_in_float32_and_no_host_read(monkeypatch: pytest.MonkeyPatch):
     """bfloat16 logits of T×V: beside them only their gradient, in bfloat16; fused, not even the logits."""
     monkeypatch.setattr(losses, "_CHUNK", 4 * 500)
-    monkeypatch.setitem(losses._PROJECTED_CHUNK, "cpu", 4 * 500)
+    monkeypatch.setitem(losses.PROJECTED_CHUNK, "cpu", 4 * 500)
     # The function itself: the recorder does not see inside an operator.
     monkeypatch.setattr(losses, "_projected", losses._projected._init_fn)
     tokens, vocabulary, width = 60, 500, 3

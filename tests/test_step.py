@@ -75,8 +75,8 @@ def test_the_settings_fused_adamw_updates_as_the_formula_and_as_the_plain_one():
         torch.testing.assert_close(fused, plain, rtol=2e-6, atol=1e-7)
 
 
-# What the paper's YAMLs have for speed. All of compiling but code generation, which takes a minute: dynamo and autograd's
-# tracing. The kernels are the eager ones, so the numbers are equal but for the order of sums.
+# What the paper's YAMLs have for speed. All of compiling but code generation, which takes a minute: dynamo and
+# autograd's tracing. The kernels are the eager ones, so the numbers are equal but for the order of sums.
 FAST = ["model.fused_loss=true", "model.use_train_metrics=false", "compile_config.backend=aot_eager"]
 # The form of the paper's YAMLs. Parameters stay in float32: in bfloat16 one process would be no reference.
 SHARDED = [
