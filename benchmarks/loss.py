@@ -13,7 +13,6 @@ from llmfoundry_wesar import losses
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 _Z_LOSS = 1e-4
-_LIGER = "linear_cross_entropy, liger"
 
 
 def _plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -25,16 +24,8 @@ def _cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return losses.cross_entropy(F.linear(hidden, weight), targets, _Z_LOSS).total
 
 
-def _liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def _linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return losses.linear_cross_entropy(hidden, weight, targets, _Z_LOSS).total
-
-
-def _chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """As `linear_cross_entropy` is without liger-kernel."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    with torch.autocast(device, enabled=False):
-        return losses._LinearCrossEntropy.apply(hidden, weight, targets, _Z_LOSS, dtype)[0]
 
 
 def run(recorder: Recorder, size: str, compiled: bool, seconds: float) -> None:
@@ -56,9 +47,5 @@ def run(recorder: Recorder, size: str, compiled: bool, seconds: float) -> None:
         return torch.autograd.grad(value, (hidden, weight))
 
     forms: dict[str, Loss] = {"plain formula": torch.compile(_plain) if compiled else _plain}
-    forms |= {"cross_entropy": _cross_entropy, "linear_cross_entropy, chunked": _chunked}
-    if device == "cuda" and losses._liger() is not None:
-        forms[_LIGER] = _liger
-    else:
-        recorder.add([], variant=_LIGER, unit="ms", note="needs a GPU and liger-kernel")
+    forms |= {"cross_entropy": _cross_entropy, "linear_cross_entropy": _linear_cross_entropy}
     recorder.compare({name: partial(gradients, form) for name, form in forms.items()}, seconds)

@@ -48,6 +48,14 @@ def ratio(values: Readings, baseline: Readings, paired: bool = True) -> list[flo
     return [np.median(ratios)] if rank < 0 else [np.median(ratios), ratios[rank], ratios[-1 - rank]]
 
 
+def reason(error: BaseException) -> str:
+    """Say in one line why there is no measurement."""
+    if isinstance(error, torch.OutOfMemoryError) or "OutOfMemoryError" in str(error):
+        return "out of memory"
+    lines = str(error).strip().splitlines() or [""]
+    return f"failed: {type(error).__name__}: {lines[-1]}"[:200]
+
+
 def _commit() -> str:
     """The commit of the code, `-dirty` if anything but results differs from it; empty without a repository."""
     git = ["git", "-C", str(Path(__file__).parents[1]), "--no-optional-locks"]

@@ -1,17 +1,20 @@
 """Time and peak memory of a training step of the compared methods, over the plain model's."""
 
 import gc
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch._dynamo
 from llmfoundry.utils.builders import build_optimizer
 
-from benchmarks.record import Recorder
+from benchmarks.record import Recorder, reason
 from benchmarks.sizes import load, shape
 from llmfoundry_wesar.layers import SpectrallyNormalized
+from llmfoundry_wesar.methods import names
 from llmfoundry_wesar.model import ComposerWeSaRMPTCausalLM
 
+KNOWN = tuple(names("method"))
 METHODS = ("small_init", "wesar", "weight_norm", "sigma_reparam", "residual_scaling_he")
 
 
@@ -49,32 +52,39 @@ class _Training:
         self.optimizer.zero_grad()
 
 
-def run(recorder: Recorder, size: str, compiled: bool, seconds: float) -> None:
-    """Measure one size, eager or compiled, on the YAML's microbatch.
+def run(recorder: Recorder, size: str, compiled: bool, seconds: float, methods: Sequence[str] = METHODS) -> None:
+    """Measure one size, eager or compiled, on the YAML's microbatch; ratios are to the first of the methods.
 
     All models stay on the GPU with their optimizers. Should that leave too little room, it is done on half of it.
     """
-    batch = load(size, METHODS[0])["device_train_microbatch_size"]
+    batch = load(size, methods[0])["device_train_microbatch_size"]
     try:
-        return _measure(recorder, size, batch, compiled, seconds)
+        return _measure(recorder, size, batch, compiled, seconds, methods)
     except torch.OutOfMemoryError:
         print(f"step {size}: out of memory, once more with {batch // 2} sequences", flush=True)
     gc.collect()
     torch.cuda.empty_cache()
-    _measure(recorder, size, batch // 2, compiled, seconds)
+    _measure(recorder, size, batch // 2, compiled, seconds, methods)
 
 
 # Otherwise dynamo would go back to eager execution in silence.
 @torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
-def _measure(recorder: Recorder, size: str, batch: int, compiled: bool, seconds: float) -> None:
+def _measure(recorder: Recorder, size: str, batch: int, compiled: bool, seconds: float, methods: Sequence[str]) -> None:
     torch.manual_seed(0)
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
     batches = {"device_train_microbatch_size": batch, "global_train_batch_size": batch}
-    configs = {method: load(size, method) | batches for method in METHODS}
-    recorder.about(suite="step", name=size, dtype=recorder.dtype, shape=shape(configs[METHODS[0]]), compiled=compiled)
-    trainings = {method: _Training(recorder, config, compiled) for method, config in configs.items()}
+    configs = {method: load(size, method) | batches for method in methods}
+    recorder.about(suite="step", name=size, dtype=recorder.dtype, shape=shape(configs[methods[0]]), compiled=compiled)
+    trainings = {}
+    for method, config in configs.items():
+        try:
+            trainings[method] = _Training(recorder, config, compiled)
+        except torch.OutOfMemoryError:
+            raise  # for all: half the batch may do
+        except Exception as error:
+            recorder.add([], variant=method, unit="ms", note=reason(error))
     recorder.compare(trainings, seconds, held={method: training.held for method, training in trainings.items()})
     if compiled:
         note = "; ".join(" ".join(reason.split()) for reason in counters["graph_break"])

@@ -1,6 +1,10 @@
 """Throughput of the stock trainer, from foundry's own configuration to ours, one change at a time."""
 
-import gc
+import contextlib
+import io
+import json
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,11 +21,12 @@ from streaming import MDSWriter
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.record import Recorder
+from benchmarks.record import Recorder, reason
 from benchmarks.sizes import load, shape
 
 PEAK = 989e12  # bf16 FLOP/s of an H100 and of an H200
 _WARMUP, _FEWEST = 4, 6  # batches
+_PATIENCE = 300  # seconds for imports and compilation
 _SEQUENCES = 64  # a GPU's part of the paper's batch of 512, on 8 GPUs
 _MONITORS = {name: {"interval": "10ba"} for name in ("update_ratio_monitor", "gate_monitor")}
 
@@ -57,7 +62,15 @@ def write_data(folder: Path, config: dict[str, Any]) -> None:
 def configure(recorder: Recorder, size: str, method: str, data: Path, callbacks: dict[str, Any]) -> dict[str, Any]:
     """The config of a size for one process, on the data in a folder, with these callbacks and no others."""
     config = load(size, method)
-    for key in ("eval_loader", "eval_interval", "save_folder", "save_interval", "autoresume", "fsdp_config"):
+    for key in (
+        "eval_loader",
+        "eval_interval",
+        "save_folder",
+        "save_interval",
+        "autoresume",
+        "fsdp_config",
+        "compile_config",
+    ):
         config.pop(key, None)
     config["train_loader"]["dataset"]["local"] = str(data)
     if recorder.device == "cpu":
@@ -78,14 +91,10 @@ def configure(recorder: Recorder, size: str, method: str, data: Path, callbacks:
 
 
 def run_trainer(config: dict[str, Any]) -> Trainer:
-    """Train with the stock trainer, once what the one before has left behind is gone."""
-    gc.collect()
-    torch._dynamo.reset()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    trainer = train(OmegaConf.create(config))
-    trainer.close()
+    """Train with the stock trainer, without the config that foundry prints."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer = train(OmegaConf.create(config))
+        trainer.close()
     return trainer
 
 
@@ -100,51 +109,88 @@ def variants(plain: dict[str, Any], wesar: dict[str, Any]) -> dict[str, dict[str
     model, optimizer = plain["model"], decoupled(plain["optimizer"])
     attention = {**model["attn_config"], "attn_type": "multihead_attention"}
     stock = {"name": "mpt_causal_lm", "loss_fn": "torch_crossentropy", "attn_config": attention}
-    stock = {k: v for k, v in model.items() if k not in ("z_loss", "embedding_scaling")} | stock
+    stock = {k: v for k, v in model.items() if k not in ("z_loss", "embedding_scaling", "fused_loss")} | stock
     few = max(1, plain["device_train_microbatch_size"] // 4)  # for the S×S matrices
-    wesar = wesar | {"callbacks": wesar["callbacks"] | _MONITORS}
+    metrics, logits = {"use_train_metrics": True}, {"fused_loss": False, "use_train_metrics": True}
+    compiled = {"compile_config": {}}
     return {
-        "stock": plain | {"model": stock, "optimizer": optimizer, "device_train_microbatch_size": few},
-        "+ sdpa_attention": plain | {"model": model | {"z_loss": 0.0}, "optimizer": optimizer},
-        "+ z-loss, in one pass": plain | {"optimizer": optimizer},
-        "+ fused adamw": plain,
-        "+ compile": plain | {"compile_config": {}},
-        "+ gates and monitors": wesar | {"compile_config": {}},
+        "stock": plain | {"model": stock | metrics, "optimizer": optimizer, "device_train_microbatch_size": few},
+        "+ sdpa_attention": plain | {"model": model | logits | {"z_loss": 0.0}, "optimizer": optimizer},
+        "+ z-loss, in one pass": plain | {"model": model | logits, "optimizer": optimizer},
+        "+ fused adamw": plain | {"model": model | logits},
+        "+ no train metrics": plain | {"model": model | {"fused_loss": False}},
+        "+ fused_loss": plain,
+        "+ compile": plain | compiled,
+        "+ gates": wesar | compiled,
+        "+ monitors": wesar | compiled | {"callbacks": wesar["callbacks"] | _MONITORS},
     }
 
 
 def run(recorder: Recorder, size: str, compiled: bool, seconds: float) -> None:
-    """Measure one size: the variants without `compile_config`, or those with it; ratios are to the first of them."""
+    """Measure one size: the variants without `compile_config`, or those with it; ratios are to the first of them.
+
+    Each has a process of its own, so that none pays for what another has left in memory, and a failure is a row.
+    """
     callbacks = {"stop_after": {"seconds": seconds}, "speed_monitor": {"window_size": 1, "gpu_flops_available": PEAK}}
-    first: np.ndarray | None = None
+    first: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder)
         write_data(data, load(size, "wesar"))
         configs = [configure(recorder, size, method, data, callbacks) for method in ("small_init", "wesar")]
         for variant, config in variants(*configs).items():
-            if ("compile_config" in config) == compiled:
-                recorder.about(suite="trainer", name=size, variant=variant, dtype=recorder.dtype, compiled=compiled)
-                recorder.about(shape=shape(config))
-                try:
-                    first = _measure(recorder, config, first)
-                except torch.OutOfMemoryError:
-                    recorder.add([], unit="tokens/s", note="out of memory")
+            if ("compile_config" in config) != compiled:
+                continue
+            recorder.about(suite="trainer", name=size, variant=variant, dtype=recorder.dtype, compiled=compiled)
+            recorder.about(shape=shape(config))
+            try:
+                measured = _in_a_process(config, seconds, data)
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                recorder.add([], unit="tokens/s", note=reason(error))
+                continue
+            first = first or measured["tokens_per_sec"]
+            note = "of 989 TFLOP/s; N as foundry counts it"
+            recorder.add(measured["tokens_per_sec"], first, paired=False, unit="tokens/s")
+            recorder.add(measured["mfu"], unit="MFU, 6N + 12·L·d·T", note=note)
+            causal = np.array(measured["mfu"]) * (1 - measured["attention"] / 2)
+            recorder.add(causal, unit="MFU, 6N + 6·L·d·T", note=note)
+            recorder.add(measured["peak"], unit="GiB at peak")
 
 
-def _measure(recorder: Recorder, config: dict[str, Any], first: np.ndarray | None) -> np.ndarray:
-    """Add the rows of one run; return the tokens/s that ratios are to."""
+def _in_a_process(config: dict[str, Any], seconds: float, folder: Path) -> dict[str, Any]:
+    """What `_measure` finds in another process.
+
+    Raises:
+        RuntimeError: With the last line that it printed, if it failed.
+        subprocess.TimeoutExpired: If it took much longer than it should.
+    """
+    (folder / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "benchmarks.trainer", str(folder / "config.json"), str(folder / "result.json")]
+    job = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=_PATIENCE + 3 * seconds,
+        cwd=Path(__file__).parents[1],
+    )
+    if job.returncode != 0:
+        raise RuntimeError(job.stdout.strip().splitlines()[-1] if job.stdout.strip() else "no output")
+    return json.loads((folder / "result.json").read_text())
+
+
+def _measure(config: dict[str, Any]) -> dict[str, Any]:
+    """Tokens/s and MFU of each batch after the warm-up, attention's share of the FLOP, and the peak in GiB on a GPU."""
     trainer = run_trainer(config)
     [logged] = [d.data for d in trainer.logger.destinations if isinstance(d, InMemoryLogger)]
-    rate, mfu = (
-        np.array([float(value) for time, value in logged[f"throughput/device/{key}"] if time.batch.value > _WARMUP])
+    result: dict[str, Any] = {
+        key: [float(v) for time, v in logged[f"throughput/device/{key}"] if time.batch.value > _WARMUP]
         for key in ("tokens_per_sec", "mfu")
-    )
+    }
     model, length = trainer.state.model, config["max_seq_len"]
-    attention = 3 * model.get_attention_flops(length)
-    attention /= model.flops_per_batch({"input_ids": torch.empty(1, length, device="meta")})
-    first = rate if first is None else first
-    recorder.add(rate, first, paired=False, unit="tokens/s")
-    recorder.add(mfu, unit="MFU, 6N + 12·L·d·T", note="of 989 TFLOP/s; N as foundry counts it")
-    recorder.add(mfu * (1 - attention / 2), unit="MFU, 6N + 6·L·d·T", note="of 989 TFLOP/s; N as foundry counts it")
-    recorder.add([torch.cuda.max_memory_allocated() / 2**30] if recorder.device == "cuda" else [], unit="GiB at peak")
-    return first
+    flops = model.flops_per_batch({"input_ids": torch.empty(1, length, device="meta")})
+    peak = [torch.cuda.max_memory_allocated() / 2**30] if torch.cuda.is_available() else []
+    return result | {"attention": 3 * model.get_attention_flops(length) / flops, "peak": peak}
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(_measure(json.loads(Path(sys.argv[1]).read_text()))))
