@@ -1,7 +1,8 @@
 """Everything that only a GPU can show, in one go: `python -m benchmarks.gpu --minutes 9 --out DIR`.
 
 Each step is a process with a time limit of its own; what it prints goes to DIR/<step>.log, measurements to
-DIR/benchmarks.csv and the outcome of each step to DIR/steps.csv, as they come. A step that fails stops no other.
+DIR/benchmarks.csv, and name, seconds and outcome of each step to DIR/steps.csv, as they come. A step that fails stops
+no other.
 """
 
 import csv
@@ -114,6 +115,9 @@ def main(
     data: Annotated[Path | None, typer.Option(help="Token shards of 2048 and their tokenizer. [default: made]")] = None,
     device: Annotated[str, typer.Option(help="cuda, or cpu to rehearse at a tiny size.")] = "cuda",
     seconds: Annotated[float, typer.Option(help="Of measuring, as for benchmarks.run.")] = 5.0,
+    only: Annotated[
+        str | None, typer.Option(help="Names of steps, a,b: once more what failed, in the same DIR.")
+    ] = None,
     commit: Annotated[str | None, typer.Option(help="That of the code, where git cannot tell.")] = None,
 ) -> None:
     """Train, resume, export and measure on one GPU, each step in a process of its own."""
@@ -130,10 +134,16 @@ def main(
         "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")]),
     }
     steps = plan(out, None if data is None else data.absolute(), device, seconds)
+    if only is not None:
+        names = [name for name, *_ in steps]
+        for name in only.split(","):
+            if name not in names:
+                raise typer.BadParameter(f"{name}: choose from {', '.join(names)}.", param_hint="--only")
+        steps = [step for step in steps if step[0] in only.split(",")]
+    patience = 1 if device == "cuda" else 5  # a CPU that rehearses may be slow
     end, failed = time.monotonic() + 60 * minutes, False
-    with (out / "steps.csv").open("w", newline="") as file:
+    with (out / "steps.csv").open("a", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow(("step", "seconds", "outcome"))
         for name, limit, command in steps:
             if "benchmarks.run" in command and commit is not None:
                 command = [*command, "--commit", commit]
@@ -146,7 +156,7 @@ def main(
                             command,
                             stdout=log,
                             stderr=subprocess.STDOUT,
-                            timeout=math.ceil(min(limit, left)),
+                            timeout=math.ceil(min(limit * patience, left)),
                             cwd=out,
                             env=environment,
                         )

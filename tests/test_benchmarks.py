@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import typer
 from scipy.stats import binom
 
-from benchmarks import data, precision, record, run, sizes, step
+from benchmarks import data, precision, record, run, sizes, step, trainer
 from benchmarks.monitor import DUE, IDLE, MONITORS, NONE
 from benchmarks.record import COLUMNS, Recorder, ratio
 
@@ -30,7 +31,7 @@ def measure(path: Path, suite: str, **options: Any) -> list[dict[str, str]]:
         assert empty <= MAY_BE_EMPTY, row
         if row["n"] == "0":
             assert row["note"] and "median" in empty, row
-            assert row["unit"] in UNMEASURED_ON_CPU or row["variant"] == "wesar_adamw", row
+            assert row["unit"] in UNMEASURED_ON_CPU or row["variant"] in ("wesar_adamw", "wrong"), row
         else:
             assert float(row["p10"]) <= float(row["median"]) <= float(row["p90"]), row
         if row["ratio_low"]:
@@ -38,8 +39,13 @@ def measure(path: Path, suite: str, **options: Any) -> list[dict[str, str]]:
     return rows
 
 
+def as_dict(value: Any) -> dict[str, Any]:
+    """A section of a config, or a value as one."""
+    return value if isinstance(value, dict) and value else {"": value}
+
+
 def medians(rows: list[dict[str, str]], unit: str) -> dict[str, float]:
-    return {row["variant"]: float(row["median"]) for row in rows if row["unit"] == unit}
+    return {row["variant"]: float(row["median"]) for row in rows if row["unit"] == unit and row["n"] != "0"}
 
 
 def test_step_compares_all_methods_with_the_plain_one_eager_and_compiled(tmp_path, monkeypatch):
@@ -54,9 +60,45 @@ def test_step_compares_all_methods_with_the_plain_one_eager_and_compiled(tmp_pat
     assert medians(rows, "graph breaks") == {"all": 0}
 
 
-def test_trainer_measures_each_change_and_computes_mfu_from_tokens_a_second(tmp_path):
-    """N, L, d and T of the tiny model by hand; percentiles of a rate and its MFU belong to the same batch."""
+def test_trainer_goes_from_foundrys_configuration_to_the_yamls_one_key_at_a_time(tmp_path):
+    """Counted over model, optimizer, callbacks and the rest; the first step is another model class and its keys."""
+    plain, wesar = (sizes.load("130m", method) for method in ("small_init", "wesar"))
+    for config in (plain, wesar):
+        for key in ("compile_config", "callbacks", "run_name", "save_folder"):
+            config[key] = {"none": {}} if key == "callbacks" else {}
+    del plain["compile_config"], wesar["compile_config"]
+    steps = list(trainer.variants(plain, wesar).values())
+    flat = [{(key, k): v for key in step for k, v in as_dict(step[key]).items()} for step in steps]
+    changes = [{k for k in a.keys() | b.keys() if a.get(k) != b.get(k)} for a, b in itertools.pairwise(flat[1:])]
+    assert changes == [
+        {("model", "z_loss")},
+        {("optimizer", "name"), ("optimizer", "weight_decay"), ("optimizer", "fused")},
+        {("model", "use_train_metrics")},
+        {("model", "fused_loss")},
+        {("compile_config", "")},
+        {("model", "fc_type"), ("model", "init_config"), ("model", "embedding_scaling")},
+        {("callbacks", "update_ratio_monitor"), ("callbacks", "gate_monitor")},
+    ]
+    assert steps[-1]["model"] == wesar["model"]
+
+
+def test_trainer_computes_mfu_from_tokens_a_second(tmp_path, monkeypatch):
+    """N, L, d and T of the tiny model by hand; percentiles of a rate and its MFU belong to the same batch.
+
+    Of two variants and one that fails, in a process each: that takes the time.
+    """
+    all_variants = trainer.variants
+
+    def some(*configs: dict) -> dict[str, dict]:
+        found = all_variants(*configs)
+        wrong = {"model": found["stock"]["model"] | {"n_heads": 5}}
+        return {"stock": found["stock"], "wrong": found["stock"] | wrong, "+ fused_loss": found["+ fused_loss"]}
+
+    monkeypatch.setattr(trainer, "variants", some)
     rows = measure(tmp_path, "trainer")
+    [failed] = [row for row in rows if row["variant"] == "wrong"]
+    assert failed["n"] == "0" and failed["note"].startswith("failed: ")
+    rows = [row for row in rows if row["variant"] != "wrong"]
     rates = medians(rows, "tokens/s")
     steps = [
         "stock",

@@ -106,7 +106,7 @@ def test_two_fsdp2_processes_train_as_one_with_fused_adamw_compiled_and_with_a_s
     one = train(dataset, tmp_path / "one", *four)
     assert_same({key: pairs for key, pairs in one.items() if key != HELD_OUT}, plain, 1e-5)
     runs = {"eager": [*SHARDED, *few], "compiled": [*SHARDED, *few, *FAST]}
-    for two in launch(train_each, dataset, tmp_path / "two", runs)[0].values():
+    for two in launch(train_each, dataset, tmp_path / "two", runs, timeout=600)[0].values():
         assert_same(two, one, 5e-5)
 
 
