@@ -182,6 +182,7 @@ SHRUNK = [f"max_seq_len={LENGTH}", "max_duration=4ba", "global_train_batch_size=
 SHRUNK += ["device_eval_batch_size=4", "precision=fp32", "model.init_device=cpu", f"model.vocab_size={VOCABULARY}"]
 SHRUNK += ["model.d_model=32", "model.n_layers=2", "model.n_heads=2", "scheduler.t_warmup=2ba", "optimizer.lr=2e-2"]
 SHRUNK += ["train_loader.num_workers=1", "eval_interval=1dur", "save_folder=checkpoints", "save_interval=1dur"]
+SHRUNK += ["compile_config=null"]  # code generation for a CPU takes a minute
 
 
 def test_the_papers_yaml_logs_the_perplexities_that_evaluate_gives(tmp_path):
