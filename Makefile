@@ -19,7 +19,7 @@ quickstart: $(VENV)/ready
 	llmfoundry train yamls/quickstart.yaml variables.method=wesar
 	llmfoundry-wesar plot runs/quickstart-small_init runs/quickstart-wesar --table --out runs/quickstart.png
 
-# The README's pictures, and the verdicts that it quotes, from what is committed.
+# The pictures of README and docs, and results/verdicts.md, from the committed runs.
 figures: $(VENV)/ready
 	python -m results report
 	llmfoundry-wesar plot results/quickstart.csv --out results/quickstart.png

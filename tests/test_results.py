@@ -225,19 +225,19 @@ def test_what_is_published_follows_from_what_is_kept(tmp_path: Path):
     assert text == (FOLDER / "verdicts.md").read_text(encoding="utf-8")
     for picture in re.findall(r"\((\w+\.png)\)", text):
         assert (FOLDER / picture).exists() and (tmp_path / picture).stat().st_size > 10_000
-    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
-    quoted = re.findall(r"^> (\([a-g]\) .*)$", readme, re.MULTILINE)
-    assert quoted
+    page = (FOLDER.parent / "docs/reproduction.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^> (\([a-g]\) .*)$", page, re.MULTILINE)
+    assert "".join(line[1] for line in quoted) == "abcdefg"
     assert all(line in text for line in quoted)
     # The quickstart's table, as `plot --table` prints it.
     printed = quickstart_table(load_runs([FOLDER / "quickstart.csv"])).splitlines()[2:]
-    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", readme, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
     expected = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed]
     assert [[f"quickstart-{method}", *figures] for method, *figures in rows] == expected
-    # What compare gave: method, n, and held-out and training loss of each line of the README's table.
+    # What compare gave: method, n, and held-out and training loss of each line of the page's table.
     compared = table(read_rows(FOLDER / "quickstart-compare/runs.csv"))
     summed = {line.split(" | ")[0]: line.split(" | ") for line in compared.splitlines()}
-    rows = re.findall(r"^\| `(\w+)` \| (\d) \| (.*?) \| (.*?) \| ", readme, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| (\d) \| (.*?) \| (.*?) \| ", page, re.MULTILINE)
     assert len(rows) == len(summed) - 2
     for method, n, held_out, training in rows:
         assert [n, training, held_out] == summed[f"| {method}"][1:4]
