@@ -10,7 +10,7 @@ from composer.utils import dist
 from torch import Tensor
 
 from llmfoundry_wesar.callbacks.interval import IntervalCallback
-from llmfoundry_wesar.callbacks.sharded import named_shards, reparameterized_layers
+from llmfoundry_wesar.sharded import named_shards, reparameterized_layers
 
 
 class GateMonitor(IntervalCallback):

@@ -12,7 +12,8 @@ from composer.utils import ensure_tuple
 from torch import Tensor, nn
 
 from llmfoundry_wesar.callbacks.interval import IntervalCallback
-from llmfoundry_wesar.callbacks.sharded import (
+from llmfoundry_wesar.layers import Gated, Reparameterized
+from llmfoundry_wesar.sharded import (
     Shard,
     named_shards,
     reparameterized_layers,
@@ -20,7 +21,6 @@ from llmfoundry_wesar.callbacks.sharded import (
     sum_over_ranks,
     virtual_slices,
 )
-from llmfoundry_wesar.layers import Gated, Reparameterized
 
 METRICS = ("update_ratio", "virtual_update_ratio", "weight_norm", "virtual_weight_norm", "grad_norm")
 
