@@ -195,3 +195,47 @@ def sigma_reparam(
         spectral_norm = left.to(dtype) @ (weight.to(dtype) @ right.to(dtype))
     # Only the product is rounded to the weight's dtype. A 0-dimensional norm would not widen the gate's by itself.
     return (weight.to(dtype) * (gate.to(dtype) / spectral_norm)).to(weight.dtype)
+
+
+def adamw_(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scale: Tensor,
+    shrink: Tensor,
+    size: Tensor,
+    root: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    r"""Move a tensor by one step of AdamW, in place (Loshchilov and Hutter 2019, algorithm 2).
+
+    .. math:: m &\leftarrow \beta_1 m + (1 - \beta_1)\,s g \\
+              v &\leftarrow \beta_2 v + (1 - \beta_2)\,(s g)^2 \\
+              w &\leftarrow f w - \eta\,m / (\rho\sqrt v + \epsilon)
+
+    With :math:`s = 1`, :math:`f = 1 - \mathrm{lr}\,\lambda`, :math:`\eta = \mathrm{lr} / (1 - \beta_1^t)` and
+    :math:`\rho = 1 / \sqrt{1 - \beta_2^t}` this is ``torch.optim.AdamW``. `WeSaRAdamW` puts the gate into s, f and η.
+
+    Args:
+        weight: w, of any shape.
+        grad: g, of that shape; not changed.
+        exp_avg: m, of that shape.
+        exp_avg_sq: v, of that shape.
+        scale: s, 0-dimensional like the three below: on a GPU nothing then waits for their values.
+        shrink: f.
+        size: η.
+        root: ρ.
+        betas: β₁ and β₂.
+        eps: ε.
+    """
+    grad = grad * scale
+    exp_avg.lerp_(grad, 1 - betas[0])
+    exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    step = exp_avg / exp_avg_sq.sqrt().mul_(root).add_(eps)
+    weight.mul_(shrink).sub_(step.mul_(size))
+
+
+# One kernel for a tensor, which reads four tensors and writes three; for tensors of all sizes.
+compiled_adamw_ = torch.compile(adamw_, dynamic=True)

@@ -33,7 +33,8 @@ def _unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds, not copied."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -55,7 +56,7 @@ class Shard(NamedTuple):
     @property
     def local(self) -> Tensor:
         """The part that this rank holds, not copied."""
-        return _local(self.parameter)
+        return local(self.parameter)
 
     @property
     def local_grad(self) -> Tensor:
@@ -63,7 +64,16 @@ class Shard(NamedTuple):
         grad = self.parameter.grad
         if grad is None:
             return self.local.new_empty(0)
-        return grad.coalesce().values() if grad.is_sparse else _local(grad)
+        return grad.coalesce().values() if grad.is_sparse else local(grad)
+
+
+def shard_of(parameter: Tensor) -> Shard:
+    """How a parameter that FSDP1 does not shard lies on the ranks."""
+    parts = 1
+    if isinstance(parameter, DTensor):
+        dimensions = zip(parameter.placements, parameter.device_mesh.shape, strict=True)
+        parts = math.prod(size for placement, size in dimensions if placement.is_shard())
+    return Shard(parameter, parameter.shape, dist.get_world_size() // parts, None)
 
 
 def named_shards(model: nn.Module) -> dict[str, Shard]:
@@ -89,16 +99,17 @@ def named_shards(model: nn.Module) -> dict[str, Shard]:
 
     shards = {}
     for name, parameter in model.named_parameters():
-        parts = 1
-        if isinstance(parameter, DTensor):
-            dimensions = zip(parameter.placements, parameter.device_mesh.shape, strict=True)
-            parts = math.prod(size for placement, size in dimensions if placement.is_shard())
-        whole = Shard(parameter, parameter.shape, ranks // parts, None)
-        shards[_plain(name)] = flat.get(parameter, whole)
+        shards[_plain(name)] = flat.get(parameter) or shard_of(parameter)
     for name, layer in reparameterized_layers(model).items():
         # A gate that is not trained is a buffer, whole on every rank.
         shards.setdefault(f"{name}.gate", Shard(layer.gate, layer.gate.shape, ranks, None))
     return shards
+
+
+def module_path(parameter: str) -> str:
+    """The name under which a parameter is logged: that of its module if it is called ``weight``, else its own."""
+    path, _, leaf = parameter.rpartition(".")
+    return path if leaf == "weight" and path else parameter
 
 
 def reparameterized_layers(model: nn.Module) -> dict[str, Reparameterized]:

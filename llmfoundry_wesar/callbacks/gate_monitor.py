@@ -1,4 +1,4 @@
-"""The gates of the reparameterised layers."""
+"""The gates, of layers or of the optimizer."""
 
 import math
 import warnings
@@ -10,7 +10,8 @@ from composer.utils import dist
 from torch import Tensor
 
 from llmfoundry_wesar.callbacks.interval import IntervalCallback
-from llmfoundry_wesar.sharded import named_shards, reparameterized_layers
+from llmfoundry_wesar.optimizer import optimizer_gates
+from llmfoundry_wesar.sharded import Shard, module_path, named_shards, reparameterized_layers
 
 
 class GateMonitor(IntervalCallback):
@@ -19,7 +20,7 @@ class GateMonitor(IntervalCallback):
     +----------------------+-------------------------------------------------------------------+
     | Key                  | Logged data                                                       |
     +======================+===================================================================+
-    | ``gate/MODULE``      | α, of a layer with a single one                                   |
+    | ``gate/MODULE``      | α, of a layer with a single one, or of `WeSaRAdamW`               |
     +----------------------+-------------------------------------------------------------------+
     | ``gate/MODULE/mean`` | the mean of the gates of a layer with one for each row or column  |
     +----------------------+-------------------------------------------------------------------+
@@ -41,7 +42,7 @@ class GateMonitor(IntervalCallback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Warn if there is nothing to log."""
-        if not reparameterized_layers(state.model):
+        if not _gates(state):
             warnings.warn("gate_monitor: the model has no gates, so none will be logged.", stacklevel=2)
 
     @torch.no_grad()
@@ -49,8 +50,7 @@ class GateMonitor(IntervalCallback):
         """Log the gates of a due step, once FSDP has put the sharded parameters back."""
         if not self.due(state):
             return
-        shards = named_shards(state.model)
-        gates = {name: shards[f"{name}.gate"] for name in reparameterized_layers(state.model)}
+        gates = _gates(state)
         if not gates:
             return
         parts = state.device.tensor_to_device(torch.stack([_summary(gate.local) for gate in gates.values()]))
@@ -64,6 +64,15 @@ class GateMonitor(IntervalCallback):
             else:
                 metrics |= {f"gate/{name}/mean": mean, f"gate/{name}/min": least, f"gate/{name}/max": greatest}
         logger.log_metrics(metrics)
+
+
+def _gates(state: State) -> dict[str, Shard]:
+    """The gates by the path of the module."""
+    shards = named_shards(state.model)
+    kept = optimizer_gates(state.optimizers)
+    return {name: shards[f"{name}.gate"] for name in reparameterized_layers(state.model)} | {
+        module_path(name): kept[shard.parameter] for name, shard in shards.items() if shard.parameter in kept
+    }
 
 
 def _summary(local: Tensor) -> Tensor:

@@ -8,13 +8,16 @@ import torch
 from composer.core import State, Time
 from composer.devices import Device
 from composer.loggers import Logger
-from composer.utils import ensure_tuple
-from torch import Tensor, nn
+from composer.utils import dist, ensure_tuple
+from torch import Tensor
+from torch.optim import Optimizer
 
 from llmfoundry_wesar.callbacks.interval import IntervalCallback
 from llmfoundry_wesar.layers import Gated, Reparameterized
+from llmfoundry_wesar.optimizer import WeSaRAdamW, optimizer_gates
 from llmfoundry_wesar.sharded import (
     Shard,
+    module_path,
     named_shards,
     reparameterized_layers,
     squares,
@@ -30,7 +33,8 @@ class UpdateRatioMonitor(IntervalCallback):
 
     Measured for every trainable parameter of two or more dimensions, in any model, around the real step: W is the
     parameter before it and W' after it, whatever the optimizer, its parameter groups, clipping, schedule or loss
-    scaling did. V is the virtual weight, αW with a gate; ‖·‖ is the Euclidean norm of all elements.
+    scaling did. V is the virtual weight, αW with a gate; ‖·‖ is the Euclidean norm of all elements. Where `WeSaRAdamW`
+    keeps the gate, the parameter is V, and W = V/α.
 
     +---------------------------------+------------------------------------------------------------------+
     | Key                             | Logged data                                                      |
@@ -82,7 +86,7 @@ class UpdateRatioMonitor(IntervalCallback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Check the expressions against the model."""
-        names = [matrix.name for matrix in _matrices(state.model)]
+        names = [matrix.name for matrix in _matrices(state)]
         for key, pattern in (("include", self.include), ("exclude", self.exclude)):
             if pattern is not None and not any(map(pattern.search, names)):
                 raise ValueError(f"{key}: {pattern.pattern!r} fits none of the matrices: {', '.join(names)}.")
@@ -93,8 +97,8 @@ class UpdateRatioMonitor(IntervalCallback):
     def after_train_batch(self, state: State, logger: Logger) -> None:
         """Keep what a due step is going to change; algorithms have clipped the gradients by now."""
         if self.due(state):
-            matrices = [matrix for matrix in _matrices(state.model) if self._selects(matrix.name)]
-            self._step = _Step(matrices, self.metrics) if matrices else None
+            matrices = [matrix for matrix in _matrices(state) if self._selects(matrix.name)]
+            self._step = _Step(matrices, self.metrics, state.optimizers) if matrices else None
 
     @torch.no_grad()
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -117,96 +121,116 @@ def _compile(key: str, pattern: str | None) -> re.Pattern[str] | None:
 
 class _Matrix(NamedTuple):
     name: str
-    weight: Shard
+    parameter: Shard
     gate: Shard | None  # if the virtual weight is αW with a single α
+    is_virtual: bool  # whether the parameter is αW, and the gate the optimizer's
     layer: Reparameterized | None  # if the virtual weight is anything else but W
 
 
-def _matrices(model: nn.Module) -> list[_Matrix]:
-    """The trainable matrices of a model."""
-    shards = named_shards(model)
-    layers = reparameterized_layers(model)
+def _matrices(state: State) -> list[_Matrix]:
+    """The trainable matrices of the model."""
+    shards = named_shards(state.model)
+    layers = reparameterized_layers(state.model)
+    kept = optimizer_gates(state.optimizers)
     matrices = []
     for name, shard in shards.items():
         if not shard.parameter.requires_grad or len(shard.shape) < 2:
             continue
-        path, _, leaf = name.rpartition(".")
-        is_weight = leaf == "weight" and path != ""
-        layer = layers.get(path) if is_weight else None
-        gate = None
+        path = module_path(name)
+        layer = layers.get(path) if path != name else None
+        gate = kept.get(shard.parameter)
         if isinstance(layer, Gated) and layer.gate_shape == "scalar":
             layer, gate = None, shards[f"{path}.gate"]
-        matrices.append(_Matrix(path if is_weight else name, shard, gate, layer))
+        matrices.append(_Matrix(path, shard, gate, shard.parameter in kept, layer))
     return matrices
 
 
 class _Step:
     """One optimizer step: what there was before it, and with `finish` the metrics.
 
-    Lists hold the actual weights, then those virtual ones that have to be evaluated. What there is to say about αW
-    follows from ‖W‖, ‖ΔW‖, ⟨ΔW, W⟩ and α.
+    Lists hold the parameters, then those virtual weights that have to be evaluated. What there is to say about αW
+    follows from ‖W‖, ‖ΔW‖, ⟨ΔW, W⟩ and α; where the parameter is V, what there is to say about W = V/α likewise.
     """
 
-    def __init__(self, matrices: list[_Matrix], metrics: tuple[str, ...]):
+    def __init__(self, matrices: list[_Matrix], metrics: tuple[str, ...], optimizers: Sequence[Optimizer]):
         virtual = any(metric.startswith("virtual") for metric in metrics)
         self.metrics = metrics
         self.matrices = matrices
-        self.gates = [(i, m.gate) for i, m in enumerate(matrices) if virtual and m.gate is not None]
+        self.optimizers = optimizers
+        self.gates = [(i, m.gate) for i, m in enumerate(matrices) if m.gate and (virtual or m.is_virtual)]
         self.layers = [(i, m.layer) for i, m in enumerate(matrices) if virtual and m.layer is not None]
-        weights = self._weights()
-        self.addends = {"weight": squares(weights), "gate": self._gates()}
+        parameters = self._parameters()
+        self.addends = {"parameter": squares(parameters), "gate": self._gates()}
         if "grad_norm" in metrics:
             # Not after the step, since an optimizer may write to gradients (SGD with Nesterov's momentum does).
-            self.addends["grad"] = squares([matrix.weight.local_grad for matrix in matrices])
+            self.addends["grad"] = squares([matrix.parameter.local_grad for matrix in matrices])
         moves = any(metric.endswith("update_ratio") for metric in metrics)
-        self.before = [weight.to(_wide(weight), copy=True) for weight in weights] if moves else None
+        self.before = [part.to(_wide(part), copy=True) for part in parameters] if moves else None
 
-    def _weights(self) -> list[Tensor]:
-        slices = virtual_slices([(layer, self.matrices[i].weight.unit) for i, layer in self.layers])
-        return [matrix.weight.local for matrix in self.matrices] + slices
+    def _parameters(self) -> list[Tensor]:
+        slices = virtual_slices([(layer, self.matrices[i].parameter.unit) for i, layer in self.layers])
+        return [matrix.parameter.local for matrix in self.matrices] + slices
 
     def _gates(self) -> list[Tensor]:
         """This rank's addend to each scalar gate: its value, or 0 where the shard is empty."""
-        return [gate.local.sum(dtype=torch.float32) for _, gate in self.gates]
+        return [gate.local.sum(dtype=_wide(gate.local)) for _, gate in self.gates]
 
     def finish(self, device: Device) -> dict[str, float]:
         """The metrics of the step by key, after it."""
         if self.before is not None:
-            after = self._weights()
+            after = self._parameters()
             update = self.before
             torch._foreach_sub_(update, after)  # -ΔW, in the copy's memory  # pyright: ignore
             self.addends["update"] = squares(update)
             self.addends["inner"] = [torch.dot(_flat(update[i]), _flat(after[i])) for i, _ in self.gates]
             self.addends["gate_after"] = self._gates()
+        # The part of the gradients that WeSaRAdamW has kept; others are handed clipped ones.
+        clipping = [o.clipping for o in self.optimizers if isinstance(o, WeSaRAdamW) and o.clipping is not None]
+        self.addends["clipping"] = clipping
         sums = sum_over_ranks(self.addends, device)
 
         count = len(self.matrices)
-        gated = [i for i, _ in self.gates]
-        replicas = torch.tensor([m.weight.replicas for m in self.matrices] + [1] * len(self.layers))
+        gated = torch.tensor([i for i, _ in self.gates], dtype=torch.long)
+        is_virtual = torch.tensor([self.matrices[i].is_virtual for i, _ in self.gates], dtype=torch.bool)
+        replicas = torch.tensor([m.parameter.replicas for m in self.matrices] + [1] * len(self.layers))
         gate_replicas = torch.tensor([gate.replicas for _, gate in self.gates])
-        weight = sums["weight"] / replicas
-        gate = sums["gate"] / gate_replicas
-        virtual = torch.cat([gate.square() * weight[gated], weight[count:]])
-        values = {"weight_norm": weight[:count].sqrt(), "virtual_weight_norm": virtual.sqrt()}
-        if "grad" in sums:
-            values["grad_norm"] = (sums["grad"] / replicas[:count]).sqrt()
+
+        def factors(gates: Tensor) -> Tensor:
+            """What a parameter is multiplied by to give the other one of W and V."""
+            gates = gates / gate_replicas
+            return torch.where(is_virtual, 1 / gates, gates)
+
+        square = sums["parameter"] / replicas
+        factor = factors(sums["gate"])
+        other_square = torch.cat([factor.square() * square[gated], square[count:]])
+        values = {"weight_norm": (square[:count].sqrt(), other_square.sqrt())}
         if "update" in sums:
             update = sums["update"] / replicas
             inner = -sums["inner"] / replicas[gated] - update[gated]  # ⟨ΔW, W'⟩ - ‖ΔW‖² = ⟨ΔW, W⟩
-            gate_after = sums["gate_after"] / gate_replicas
-            move = gate_after - gate
+            factor_after = factors(sums["gate_after"])
+            move = factor_after - factor
             # ‖α'W' - αW‖² = ‖α'ΔW + (α' - α)W‖²
-            moved = gate_after.square() * update[gated] + move.square() * weight[gated] + 2 * gate_after * move * inner
-            values["update_ratio"] = _ratio(update[:count], weight[:count])
-            values["virtual_update_ratio"] = _ratio(torch.cat([moved.clamp(min=0), update[count:]]), virtual)
+            moved = factor_after.square() * update[gated] + move.square() * square[gated]
+            moved += 2 * factor_after * move * inner
+            moved = torch.cat([moved.clamp(min=0), update[count:]])
+            values["update_ratio"] = (_ratio(update[:count], square[:count]), _ratio(moved, other_square))
 
         names = [matrix.name for matrix in self.matrices]
-        virtual_names = [names[i] for i in gated + [i for i, _ in self.layers]]
-        metrics = {}
-        for metric in self.metrics:
-            keys = virtual_names if metric.startswith("virtual") else names
-            metrics.update(zip((f"{metric}/{key}" for key in keys), values[metric].tolist(), strict=True))
-        return metrics
+        other_names = [names[i] for i in gated.tolist() + [i for i, _ in self.layers]]
+        logged = {}
+        for metric, (of_parameter, of_other) in values.items():
+            actual = dict(zip(names, of_parameter.tolist(), strict=True))
+            virtual = dict(zip(other_names, of_other.tolist(), strict=True))
+            for i in gated[is_virtual].tolist():
+                actual[names[i]], virtual[names[i]] = virtual[names[i]], actual[names[i]]
+            logged |= {metric: actual, f"virtual_{metric}": virtual}
+        if "grad" in sums:
+            grad = (sums["grad"] / replicas[:count]).sqrt()
+            grad[gated[is_virtual]] /= factor[is_virtual]  # ∂L/∂W = α·∂L/∂V
+            if clipping:
+                grad *= sums["clipping"] / dist.get_world_size()
+            logged["grad_norm"] = dict(zip(names, grad.tolist(), strict=True))
+        return {f"{metric}/{name}": value for metric in self.metrics for name, value in logged[metric].items()}
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -72,8 +72,17 @@ def _check_data(config: dict[str, Any]) -> None:
             )
 
 
+def _with_optimizer_gates(config: dict[str, Any]) -> dict[str, Any]:
+    """Add the callback that `wesar_adamw` needs."""
+    if (config.get("optimizer") or {}).get("name") != "wesar_adamw":
+        return config
+    return config | {"callbacks": {"optimizer_gates": {}} | (config.get("callbacks") or {})}
+
+
 def expand(config: dict[str, Any], check_data: bool = True) -> dict[str, Any]:
-    """Put the run's method and setting under its own keys; a config that names neither is returned as it is.
+    """Put the run's method and setting under its own keys, and add the callback of `wesar_adamw` if that is used.
+
+    A config that names none of them is returned as it is.
 
     Args:
         config: A training config as foundry hands it to its config transforms.
@@ -91,12 +100,12 @@ def expand(config: dict[str, Any], check_data: bool = True) -> dict[str, Any]:
         raise ValueError(f"variables: {variables!r} is no mapping; write `variables: {{name: value}}`.")
     defaults = [load(kind, variables[kind]) for kind in _FOLDERS if variables.get(kind) is not None]
     if not defaults:
-        return config
+        return _with_optimizer_gates(config)
     default = OmegaConf.to_container(OmegaConf.merge(*defaults))
     assert isinstance(default, dict)
     merged = OmegaConf.to_container(OmegaConf.merge(_without_nulls(default), config), resolve=True)
     assert isinstance(merged, dict)
-    expanded = {str(key): value for key, value in merged.items()}
+    expanded = _with_optimizer_gates({str(key): value for key, value in merged.items()})
     _check_stock_model(expanded)
     if check_data:
         _check_data(expanded)

@@ -1,0 +1,345 @@
+"""WeSaR's gates in the optimizer, so that any model can train with them."""
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from composer.utils import dist
+from torch import Tensor, nn
+
+from llmfoundry_wesar.functional import adamw_, compiled_adamw_
+from llmfoundry_wesar.sharded import Shard, local, named_shards, shard_of, squares
+
+# A gate is held above this part of its initial value.
+FLOOR = 0.01
+
+
+class WeSaRAdamW(torch.optim.AdamW):
+    r"""Trains a plain matrix V as `torch.optim.AdamW` trains V = αW with a scalar gate α (Nishida et al. 2024, §4).
+
+    With G = ∂L/∂V, the gradients of the gated model are ∂L/∂W = αG and ∂L/∂α = ⟨G, V⟩/α. Let m̂ and v̂ be the
+    bias-corrected moments of αG, and α' the gate after its own Adam step, which has no weight decay. Then
+
+    .. math:: V' &= (\alpha'/\alpha)(1 - \mathrm{lr}\,\lambda)\,V
+                    - \alpha'\,\mathrm{lr}\,\hat m/(\sqrt{\hat v} + \epsilon) \\
+              \alpha_0 &= \mathrm{rms}(V_0)/\sigma
+
+    is the gated model's α'W'. Nothing is added to the model, so it may be any: fused q, k, v have one gate for the
+    three matrices, tied embeddings one for both. Parameters without a gate move as under AdamW.
+
+    The norm that `max_norm` bounds is that of the gated model's gradients,
+    :math:`\sqrt{\sum_V(\alpha^2\lVert G\rVert^2 + \langle G, V\rangle^2/\alpha^2) + \sum_p\lVert g_p\rVert^2}` with
+    p the parameters without a gate. `torch.nn.utils.clip_grad_norm_` would clip the norm of all G and g instead.
+
+    Two things differ from gated layers. A step that would bring α below 1% of α₀ stops there (`held`): V would become
+    0 and stay 0, where the α of a layer can cross 0. And α₀ is measured on the drawn matrix, not known from a formula.
+
+    A step changes no gradient and waits for no value on the host. If parameters are sharded, it makes one all-reduce.
+
+    Args:
+        params: As for every optimizer of torch. `gated` needs names: `model.named_parameters()`, or call `bind`.
+        lr: Learning rate, also of the gates.
+        betas: β₁ and β₂, also of the gates.
+        eps: ε, also of the gates.
+        weight_decay: λ, times lr as in torch; gates have none.
+        sigma: σ, the common standard deviation of all W.
+        max_norm: The largest norm of all gradients, or None for no clipping.
+        gated: A regular expression; a parameter in whose name it is found has a gate. By default, each parameter of
+            two or more dimensions has one.
+        fused: Whether to move each tensor by one compiled kernel. By default on CUDA only.
+        amsgrad: Not supported.
+        maximize: Not supported.
+
+    Raises:
+        ValueError: If an argument is invalid, a parameter is neither float32 nor float64, or `gated` fits none.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        sigma: float = 4e-5**0.5,
+        max_norm: float | None = None,
+        gated: str | None = None,
+        *,
+        fused: bool | None = None,
+        amsgrad: bool = False,
+        maximize: bool = False,
+    ):
+        for key, value in (("amsgrad", amsgrad), ("maximize", maximize)):
+            if value:
+                raise ValueError(f"{key}: wesar_adamw does not support it; remove the line.")
+        for key, value in (("sigma", sigma), ("max_norm", max_norm)):
+            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise ValueError(f"{key}: {value!r} is not a positive number.")
+        try:
+            self._pattern = None if gated is None else re.compile(gated)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"gated: {gated!r} is not a regular expression: {error}.") from error
+        self.sigma, self.max_norm, self.fused = sigma, max_norm, fused
+        # What the gradients of the last step were multiplied by to clip them, 0-dimensional.
+        self.clipping: Tensor | None = None
+        self._names: dict[Tensor, str] = {}
+        self._shards: dict[Tensor, Shard] = {}
+        # `capturable` is for `load_state_dict`: it then puts the step counts on the device, where `step` reads them.
+        super().__init__(params, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, capturable=True)
+        names = [name for group in self.param_groups for name in group.get("param_names", ())]
+        if names:
+            self._names = dict(zip(self._parameters(), names, strict=True))
+            self._check_gated()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    f"wesar_adamw: the parameters are {parameter.dtype}, in which small steps are lost; keep them in "
+                    "float32 (model.master_weights_dtype: null) and compute in bfloat16 (precision: amp_bf16)."
+                )
+
+    def bind(self, model: nn.Module) -> None:
+        """Take the names, whole shapes and shards of the parameters from the model, after it was wrapped.
+
+        Without it `gated` has no names to look at, and FSDP1's parameters have no shapes.
+
+        Raises:
+            ValueError: If no parameter has a gate.
+        """
+        shards = named_shards(model)
+        self._names = {shard.parameter: name for name, shard in shards.items()}
+        self._shards = {shard.parameter: shard for shard in shards.values()}
+        self._check_gated()
+
+    def gates(self) -> dict[Tensor, Tensor]:
+        """The gate, 0-dimensional, of each parameter that has one. The gates start here if they have not yet.
+
+        Raises:
+            ValueError: If α₀ of a matrix would be 0, infinite or NaN.
+        """
+        self._start()
+        return {p: self.state[p]["gate"] for p in self._parameters() if "gate" in self.state.get(p, ())}
+
+    def held(self) -> list[str]:
+        """The parameters whose gate was ever held at 1% of its initial value, by name. It waits for the device."""
+        parameters = list(self.gates())
+        if not parameters:
+            return []
+        least, floor = (torch.stack([self.state[p][key] for p in parameters]) for key in ("gate_least", "gate_floor"))
+        return [self._name(p) for p, held in zip(parameters, (least < floor).tolist(), strict=True) if held]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch.
+
+        Raises:
+            ValueError: If the state was saved by another optimizer, or with gates for other parameters.
+        """
+        super().load_state_dict(state_dict)
+        for parameter, state in self.state.items():
+            if ("gate" in state) != self._has_gate(parameter):
+                has = "a" if "gate" in state else "no"
+                raise ValueError(
+                    f"optimizer: the checkpoint has {has} gate for {self._name(parameter)}. It was saved by another "
+                    "optimizer, or with another value of optimizer.gated; to start the gates from its weights, set "
+                    "load_weights_only: true."
+                )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._start()
+        ranks = dist.get_world_size()
+        sharded = ranks > 1 and any(self._shard(p).replicas < ranks for p in self._parameters())
+        blocks = []
+        for group in self.param_groups:
+            # A rank may hold nothing of a parameter that has a gradient elsewhere.
+            moved = [p for p in group["params"] if p in self.state and (sharded or p.grad is not None)]
+            for gated in (True, False):
+                members = [p for p in moved if ("gate" in self.state[p]) == gated]
+                if members:
+                    blocks.append(_Block(group, list(map(self._shard, members)), [self.state[p] for p in members]))
+        if not blocks:
+            return loss
+
+        rows = [block.terms(clipped=self.max_norm is not None, sharded=sharded) for block in blocks]
+        sums = torch.cat([torch.stack(row) for row in itertools.chain(*rows)])
+        if sharded:
+            dist.all_reduce(sums)
+        parts = iter(sums.double().split([len(row) for row in itertools.chain(*rows)]))
+        for block, row in zip(blocks, rows, strict=True):
+            block.sums = list(itertools.islice(parts, len(row)))
+        self.clipping = torch.ones_like(sums[0])
+        if self.max_norm is not None:
+            norm = torch.stack([block.squared_norm() for block in blocks]).sum().sqrt()
+            self.clipping = (self.max_norm / (norm + 1e-6)).clamp(max=1)  # as torch.nn.utils.clip_grad_norm_ has it
+        for block in blocks:
+            block.move(self.clipping, self.fused)
+        return loss
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _shard(self, parameter: Tensor) -> Shard:
+        return self._shards.get(parameter) or self._shards.setdefault(parameter, shard_of(parameter))
+
+    def _name(self, parameter: Tensor) -> str:
+        return self._names.get(parameter, f"a parameter of shape {tuple(self._shard(parameter).shape)}")
+
+    def _has_gate(self, parameter: Tensor) -> bool:
+        if self._pattern is None:
+            return len(self._shard(parameter).shape) >= 2
+        if parameter not in self._names:
+            raise ValueError(
+                f"gated: {self._pattern.pattern!r} needs the parameters' names; pass model.named_parameters() to the "
+                "optimizer, or call its bind(model)."
+            )
+        return self._pattern.search(self._names[parameter]) is not None
+
+    def _check_gated(self) -> None:
+        trained = [parameter for parameter in self._parameters() if parameter.requires_grad]
+        if not any(map(self._has_gate, trained)):
+            fits = "the default" if self._pattern is None else repr(self._pattern.pattern)
+            names = ", ".join(map(self._name, trained[:8])) + (", …" if len(trained) > 8 else "")
+            raise ValueError(
+                f"optimizer.gated: {fits} fits no trained parameter; the expression must be found in some of {names}."
+            )
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        """Give each trained parameter its state, and a gate of α₀ = rms(V₀)/σ."""
+        new = [p for p in self._parameters() if p.requires_grad and p not in self.state]
+        if not new:
+            return
+        self._check_gated()
+        gated = [parameter for parameter in new if self._has_gate(parameter)]
+        starts: dict[Tensor, float] = {}
+        if gated:
+            parts = [local(parameter) for parameter in gated]
+            sizes = torch.tensor([part.numel() for part in parts], dtype=torch.float64, device=parts[0].device)
+            sums = torch.stack([torch.stack(squares(parts)).double(), sizes])
+            if dist.get_world_size() > 1:
+                dist.all_reduce(sums)  # each entry counts as often as ranks hold it, in both sums
+            starts = dict(zip(gated, (sums[0] / sums[1]).sqrt().div(self.sigma).tolist(), strict=True))
+        for parameter, gate in starts.items():
+            if not 0 < gate < math.inf:
+                raise ValueError(
+                    f"wesar_adamw: {self._name(parameter)} starts with the gate rms(V)/σ = {gate:g}, which cannot be "
+                    "trained; initialise the matrix, or keep it without a gate by an expression in optimizer.gated."
+                )
+        for parameter in new:
+            values = {"step": 0.0}
+            if parameter in starts:
+                gate = starts[parameter]
+                values |= {"gate": gate, "gate_exp_avg": 0.0, "gate_exp_avg_sq": 0.0}
+                values |= {"gate_floor": FLOOR * gate, "gate_least": gate}
+            # 0-dimensional, so that each kind of checkpoint keeps them as it keeps AdamW's step.
+            state = {
+                key: local(parameter).new_full((), value, dtype=torch.float32 if key == "step" else None)
+                for key, value in values.items()
+            }
+            self.state[parameter] = state | {
+                key: torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                for key in ("exp_avg", "exp_avg_sq")
+            }
+
+
+class _Block:
+    """Parameters of one group that all have a gate, or all have none.
+
+    Vectors have an entry for each parameter, and are float64: in float32, 1 - βᵗ would be inexact for small t.
+    """
+
+    def __init__(self, group: dict[str, Any], shards: list[Shard], states: list[dict[str, Tensor]]):
+        self.group, self.shards, self.states = group, shards, states
+        self.gated = "gate" in states[0]
+        self.grads = [shard.parameter.grad for shard in shards]
+        if any(grad is not None and grad.is_sparse for grad in self.grads):
+            raise RuntimeError("wesar_adamw does not support sparse gradients; set sparse: false in the embedding.")
+        self.grads = [None if grad is None else local(grad) for grad in self.grads]
+        # What `terms` gave, summed over all ranks.
+        self.sums: list[Tensor] = []
+
+    def terms(self, clipped: bool, sharded: bool) -> list[list[Tensor]]:
+        """This rank's addends: to the ranks that have a gradient, to ‖G‖² if clipped, to ⟨G, V⟩ if gated."""
+        zero, one = self.shards[0].local.new_zeros(()), self.shards[0].local.new_ones(())
+        rows = []
+        if clipped:
+            rows.append(squares([zero if grad is None else grad for grad in self.grads]))
+        if self.gated:
+            pairs = zip(self.grads, self.shards, strict=True)
+            rows.append([zero if grad is None else _inner(grad, shard.local) for grad, shard in pairs])
+        if sharded:
+            shares = [1 / shard.replicas for shard in self.shards]
+            rows = [list(torch._foreach_mul(row, shares)) for row in rows]  # pyright: ignore[reportPrivateImportUsage]
+        return [[zero if grad is None else one for grad in self.grads], *rows]
+
+    def squared_norm(self) -> Tensor:
+        """The sum of the squared gradients, with a gate those of W and α."""
+        if not self.gated:
+            return self.sums[1].sum()
+        gate = self._read("gate")
+        return (gate.square() * self.sums[1] + (self.sums[-1] / gate).square()).sum()
+
+    def move(self, clipping: Tensor, fused: bool | None) -> None:
+        """Make the step: first of the gates, then of the tensors."""
+        lr, (beta1, beta2), eps = self.group["lr"], self.group["betas"], self.group["eps"]
+        self.present = self.sums[0] > 0
+        step = self._write("step", self._read("step") + 1)
+        root = (1 - beta2**step).rsqrt()
+        size = lr / (1 - beta1**step)
+        shrink = torch.ones_like(size) * (1 - lr * self.group["weight_decay"])
+        scale = clipping.expand_as(size)
+        if self.gated:
+            gate = self._read("gate")
+            grad = self.sums[-1] / gate * clipping
+            exp_avg = self._write("gate_exp_avg", self._read("gate_exp_avg").lerp(grad, 1 - beta1))
+            exp_avg_sq = self._read("gate_exp_avg_sq").lerp(grad.square(), 1 - beta2)
+            exp_avg_sq = self._write("gate_exp_avg_sq", exp_avg_sq)
+            target = gate - size * exp_avg / (exp_avg_sq.sqrt() * root + eps)
+            self._write("gate_least", torch.minimum(self._read("gate_least"), target))
+            after = self._write("gate", torch.maximum(target, self._read("gate_floor")))
+            shrink, scale, size = shrink * after / gate, scale * gate, size * after
+        shrink = torch.where(self.present, shrink, 1.0)
+        numbers = torch.stack([scale, shrink, size, root]).to(self.states[0]["exp_avg"].dtype).unbind(1)
+        for shard, state, grad, four in zip(self.shards, self.states, self.grads, numbers, strict=True):
+            weight = shard.local
+            if grad is None:
+                weight.mul_(four[1])
+                continue
+            update = compiled_adamw_ if (weight.is_cuda if fused is None else fused) else adamw_
+            moments = local(state["exp_avg"]), local(state["exp_avg_sq"])
+            update(weight, grad, *moments, *four.unbind(), betas=(beta1, beta2), eps=eps)
+
+    def _read(self, key: str) -> Tensor:
+        return torch.stack([state[key] for state in self.states]).double()
+
+    def _write(self, key: str, values: Tensor) -> Tensor:
+        """Set the states of the parameters that have a gradient; return those of all, as they were rounded."""
+        old = [state[key] for state in self.states]
+        new = torch.where(self.present, values, torch.stack(old)).to(old[0].dtype)
+        torch._foreach_copy_(old, list(new.unbind()))  # pyright: ignore[reportPrivateImportUsage]
+        return new.double()
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩, 0-dimensional. On a CPU the dot product of BLAS adds up with less care than a sum does."""
+    return torch.dot(a.flatten(), b.flatten()) if a.is_cuda else (a * b).sum()
+
+
+def optimizer_gates(optimizers: Iterable[torch.optim.Optimizer]) -> dict[Tensor, Shard]:
+    """The gates that optimizers keep, by parameter; each rank has all of them."""
+    ranks = dist.get_world_size()
+    return {
+        parameter: Shard(gate, gate.shape, ranks, None)
+        for optimizer in optimizers
+        if isinstance(optimizer, WeSaRAdamW)
+        for parameter, gate in optimizer.gates().items()
+    }
