@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from composer.loggers import InMemoryLogger
+from llmfoundry.command_utils import train_from_yaml
 from torch import nn
 
 from llmfoundry_wesar.hf_model import ComposerWeSaRHFCausalLM, role_init
 from llmfoundry_wesar.losses import cross_entropy
+from tests.distributed import REPOSITORY
 from tests.tiny import within_sampling_error
 
 HE = {"name": "he_init_", "emb_init_std": 1.0}
@@ -203,3 +206,48 @@ def test_z_loss_is_that_of_our_cross_entropy(tmp_path):
     ):
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=0)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+LLAMA_YAML = [
+    "run_name=tiny",
+    "precision=fp32",
+    "max_seq_len=16",
+    "max_duration=2ba",
+    "global_train_batch_size=8",
+    "device_train_microbatch_size=4",
+    "eval_interval=0",
+    "scheduler.t_warmup=0ba",
+    "train_loader.num_workers=0",
+    "train_loader.prefetch_factor=null",
+    "train_loader.persistent_workers=false",
+    "eval_loader=null",
+    "save_folder=null",
+    "autoresume=false",
+    "log_to_console=false",
+    "callbacks.speed_monitor=null",
+    "callbacks.update_ratio_monitor.interval=1ba",
+    "callbacks.gate_monitor.interval=1ba",
+    "loggers={inmemory: {}}",
+    "model.config_overrides={hidden_size: 32, num_hidden_layers: 2, intermediate_size: 64, num_attention_heads: 4,"
+    " num_key_value_heads: 2, head_dim: 8, vocab_size: 97}",
+]
+
+
+INIT = "model.init_config={name: he_init_, emb_init_std: 1.0}"
+
+
+@pytest.mark.parametrize("overrides", [[], ["variables.method=null", INIT, "callbacks.gate_monitor=null"]])
+def test_foundry_trains_the_llama_of_the_yaml(overrides, dataset, monkeypatch):
+    """Two steps of yamls/llama-160m.yaml, made tiny, by foundry's own function; every matrix moves.
+
+    With the gates in the optimizer, and with the setting's AdamW.
+    """
+    monkeypatch.chdir(REPOSITORY)
+    trainer = train_from_yaml("yamls/llama-160m.yaml", [*LLAMA_YAML, f"variables.data={dataset}", *overrides])
+    [logger] = [each for each in trainer.logger.destinations if isinstance(each, InMemoryLogger)]
+    trainer.close()
+    assert {key for key in logger.data if key.startswith("loss/train")} == {
+        f"loss/train/{key}" for key in ("total", "loss", "z_loss")
+    }
+    ratios = [pairs[-1][1] for key, pairs in logger.data.items() if key.startswith("update_ratio/")]
+    assert len(ratios) == 7 * 2 + 2 and min(map(float, ratios)) > 0

@@ -68,6 +68,13 @@ def test_table_1_plain(method, backbone, d, N):
             assert module.scale == pytest.approx(1 / std, rel=1e-12)
 
 
+def test_the_gates_of_the_optimizer_start_from_the_virtual_weights_of_gated_layers():
+    """The same draws, σ_•z and (σ_•/σ)(σz): equal up to three roundings of float32."""
+    plain = dict(build("wesar_adamw").named_modules())
+    for name, module in matrices(build("wesar")).items():
+        torch.testing.assert_close(plain[name].weight, module.virtual_weight(), rtol=3 * 2**-23, atol=0)
+
+
 def test_roles_and_fan_in_cover_what_the_table_leaves_out():
     """Another expansion ratio, GLU and grouped queries follow from gain/√d_in; the tanh has its own gain."""
     model = build(

@@ -18,6 +18,7 @@ METHODS = [
     "small_init",
     "weight_norm",
     "wesar",
+    "wesar_adamw",
     "wesar_fixed",
     "wesar_small",
 ]
@@ -47,6 +48,26 @@ def test_the_runs_own_keys_win():
     assert expanded["model"]["init_config"] == {"name": "wesar_", "sigma": 0.02, "backbone": "he"}
     assert expanded["optimizer"]["lr"] == 0.5
     assert expanded["optimizer"]["betas"] == [0.9, 0.95]
+
+
+def test_a_method_replaces_what_the_setting_says_and_the_run_what_both_say():
+    """`null` takes a key away; a run's own null stays, since foundry's loaders have keys that mean something then."""
+    config = {"variables": {"method": "wesar_adamw", "setting": "rapid"}, "optimizer": {"max_norm": None}}
+    expanded = expand(config)
+    assert "algorithms" not in expanded and "fused" not in expanded["optimizer"]
+    assert expanded["optimizer"]["name"] == "wesar_adamw" and expanded["optimizer"]["lr"] == 1e-3
+    assert expanded["optimizer"]["max_norm"] is None
+    assert expand({"variables": {"method": "wesar", "setting": "rapid"}})["optimizer"]["name"] == "adamw"
+
+
+def test_the_stock_models_tied_embeddings_are_refused_the_scale_of_one():
+    config = {"variables": {"method": "wesar_adamw"}, "model": {"name": "mpt_causal_lm", "d_model": 768}}
+    with pytest.raises(
+        ValueError, match=r"emb_init_std: 1.0 is also .* at 27.7: .* `model.tie_word_embeddings: false`"
+    ):
+        expand(config)
+    for fix in ({"tie_word_embeddings": False}, {"init_config": {"emb_init_std": None}}):
+        expand(config | {"model": config["model"] | fix})
 
 
 @pytest.mark.parametrize(("kind", "known"), [("method", "wesar_small"), ("setting", "rapid, stable")])

@@ -1,5 +1,7 @@
 """The paper's configurations, as the files of yamls/ give them to the trainer."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from composer.core import Time
 from llmfoundry.models.layers.norm import RMSNorm
 from omegaconf import OmegaConf
 
-from llmfoundry_wesar.inspection import load_config
+from llmfoundry_wesar.inspection import inspect_config, load_config
 from llmfoundry_wesar.methods import load, names
 from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM
 
@@ -48,3 +50,18 @@ def test_tables_3_and_11_are_not_overridden(size):
         config = load_config(f"yamls/{size}.yaml", [f"variables.setting={setting}"])
         assert OmegaConf.merge(config, load("setting", setting)) == config
         assert Time.from_timestring(config["max_duration"]) == Time(30_000_000_000, "tok")
+
+
+def test_the_llama_has_the_size_that_its_head_says():
+    """162.4M parameters in the rapid setting, and the gates that He's scales make of one σ."""
+    config = load_config("yamls/llama-160m.yaml")
+    assert OmegaConf.merge(config, {"optimizer": {"lr": 1e-3, "weight_decay": 0.01}}) == config
+    assert config["optimizer"]["name"] == "wesar_adamw" and config["optimizer"]["max_norm"] == 1.0
+    inspection = inspect_config(config)
+    assert f"{inspection.parameters / 1e6:.1f}" == "162.4"
+    gates = {matrix.role: matrix.gate for matrix in inspection.matrices}
+    assert gates["W_e"] == pytest.approx(1 / 0.0063245553)
+    assert gates["W_d"] == pytest.approx(math.sqrt(2 / (3072 * 24)) / 0.0063245553)
+    assert {matrix.count for matrix in inspection.matrices} == {1, 12}
+    tokens = config["global_train_batch_size"] * config["max_seq_len"]
+    assert tokens == 1_048_576 and round(3100 * tokens / inspection.parameters) == 20

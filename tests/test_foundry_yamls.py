@@ -1,0 +1,99 @@
+"""Foundry's own configs, with two lines added, train under WeSaR: `optimizer.name` and `optimizer.sigma`.
+
+The texts are scripts/train/yamls/pretrain/{mpt-125m,hf-llama-3.1-8B}.yaml of llm-foundry in short. Besides sizes, data
+and `attn_impl`, a CPU needs another precision, init device and `loss_fn`. The Llama's `torch_dtype: bfloat16` is left
+out, since it leaves no float32 weights.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from composer.loggers import InMemoryLogger
+from llmfoundry.command_utils import train
+from omegaconf import OmegaConf
+
+COMMON = """
+variables: {data_local: null, data_remote: null, max_seq_len: 2048, global_seed: 17, model_name: null}
+max_seq_len: ${variables.max_seq_len}
+run_name: stock
+tokenizer:
+  name: EleutherAI/gpt-neox-20b
+  kwargs: {model_max_length: '${variables.max_seq_len}'}
+train_loader:
+  name: text
+  dataset:
+    local: ${variables.data_local}
+    remote: ${variables.data_remote}
+    split: train
+    shuffle: true
+    max_seq_len: ${variables.max_seq_len}
+    shuffle_seed: ${variables.global_seed}
+  drop_last: true
+  num_workers: 8
+scheduler: {name: cosine_with_warmup, t_warmup: 100ba, alpha_f: 0.1}
+optimizer: {name: decoupled_adamw, lr: 6.0e-4, betas: [0.9, 0.95], eps: 1.0e-08, weight_decay: 0.0}
+algorithms:
+  gradient_clipping: {clipping_type: norm, clipping_threshold: 1.0}
+max_duration: 4800ba
+eval_interval: 500ba
+global_train_batch_size: 256
+seed: ${variables.global_seed}
+device_train_microbatch_size: 16
+precision: amp_bf16
+fsdp_config: {sharding_strategy: FULL_SHARD, mixed_precision: PURE, limit_all_gathers: true}
+progress_bar: false
+log_to_console: true
+console_log_interval: 1ba
+callbacks: {speed_monitor: {window_size: 10}, lr_monitor: {}, memory_monitor: {}, runtime_estimator: {}}
+"""
+MODELS = {
+    "mpt-125m": """
+name: mpt_causal_lm
+init_device: meta
+d_model: 768
+n_heads: 12
+n_layers: 12
+expansion_ratio: 4
+max_seq_len: ${variables.max_seq_len}
+vocab_size: 50368
+attn_config: {attn_impl: flash}
+""",
+    "hf-llama-3.1-8B": """
+name: hf_causal_lm
+init_device: meta
+pretrained_model_name_or_path: ${variables.model_name}
+pretrained: false
+use_auth_token: true
+use_flash_attention_2: true
+""",
+}
+SMALL = ["max_duration=3ba", "global_train_batch_size=8", "device_train_microbatch_size=4", "variables.max_seq_len=16"]
+SMALL += ["scheduler.t_warmup=0ba", "precision=fp32", "model.init_device=cpu", "train_loader.num_workers=0"]
+SMALL += ["train_loader.prefetch_factor=null", "train_loader.persistent_workers=false", "loggers.inmemory={}"]
+SIZES = {
+    "mpt-125m": "d_model=32 n_heads=4 n_layers=2 vocab_size=97 attn_config.attn_impl=torch loss_fn=torch_crossentropy",
+    "hf-llama-3.1-8B": "use_auth_token=false use_flash_attention_2=false",
+}
+TWO_LINES = ["optimizer.name=wesar_adamw", "optimizer.sigma=0.0063245553"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_lines_train_it_under_wesar(name, dataset, tmp_path):
+    """Fused q, k, v, tied embeddings and learned positions of an MPT; a Llama. Every matrix gets a gate."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=97).save_pretrained(tmp_path)
+    data = [f"variables.data_local={dataset}", f"tokenizer.name={Path(dataset) / 'tokenizer'}"]
+    config = OmegaConf.merge(OmegaConf.create(COMMON), {"model": OmegaConf.create(MODELS[name])})
+    changes = [*SMALL, *data, f"variables.model_name={tmp_path}", *(f"model.{size}" for size in SIZES[name].split())]
+    trainer = train(OmegaConf.merge(config, OmegaConf.from_cli([*changes, *TWO_LINES])))
+    [logger] = [each for each in trainer.logger.destinations if isinstance(each, InMemoryLogger)]
+    trainer.close()
+    losses = torch.tensor([float(value) for _, value in logger.data["loss/train/total"]])
+    assert len(losses) == 3 and losses.isfinite().all()
+    [optimizer] = trainer.state.optimizers
+    for parameter, state in optimizer.state.items():
+        assert ("gate" in state) == (parameter.ndim > 1)
+        if "gate" in state:
+            assert state["gate"].isfinite().all() and (state["gate"] > 0).all()
