@@ -5,46 +5,60 @@ from typing import Any
 
 import pytest
 import torch
-from composer.utils.parallelism import FSDP2Config
-from torch.distributed.device_mesh import init_device_mesh
+from composer.core import Callback
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from llmfoundry_wesar.callbacks import GateMonitor, UpdateRatioMonitor
-from tests.callbacks.training import MATRICES, SCALAR_GATED, VECTOR_GATED, Block, Watched, regression, train
+from llmfoundry_wesar.callbacks import GateMonitor, OptimizerGates, UpdateRatioMonitor
+from llmfoundry_wesar.callbacks.update_ratio_monitor import METRICS
+from llmfoundry_wesar.optimizer import WeSaRAdamW
+from tests.callbacks.training import (
+    MATRICES,
+    SCALAR_GATED,
+    VECTOR_GATED,
+    Block,
+    Net,
+    PlainNet,
+    Watched,
+    collectives,
+    regression,
+    train,
+    watch_steps,
+)
 from tests.distributed import launch
 
-SPREADS = ("ddp", "fsdp2", "hsdp_replicated", "hsdp_sharded", "fsdp1")
+NETS = (Net, PlainNet)  # gates in layers, gates in the optimizer
+# Hybrid sharding is not among them: torch 2.7's FSDP2 needs CUDA for it, and Composer ignores a mesh that it is given.
+SPREADS = ("ddp", "fsdp2", "fsdp1")
 
 
-def _monitored(spread: str) -> tuple[dict[str, dict[int, float]], dict[str, Counter[str]]]:
-    """What the monitors log in a run, and the collectives of their second step."""
-    model = regression()
+def _monitored(spread: str, net: type[Net] = Net) -> tuple[dict[str, dict[int, float]], dict[str, Counter[str]]]:
+    """What the monitors log in a run, and the collectives of their second step.
+
+    Layers with gates are trained by SGD, plain ones by `WeSaRAdamW`, which counts the collectives of its own steps.
+    """
+    model = regression(net)
     fsdp: Any = None
     if spread == "fsdp2":
         fsdp = {}
-    elif spread.startswith("hsdp"):
-        shape = (2, 1) if spread == "hsdp_replicated" else (1, 2)
-        fsdp = FSDP2Config(device_mesh=init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")))
     elif spread == "fsdp1":
         # Composer's own FSDP1 needs CUDA; torch's does not.
         policy = ModuleWrapPolicy({Block})
         model.net = FSDP1(model.net, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
     watched = {"updates": Watched(UpdateRatioMonitor("1ba")), "gates": Watched(GateMonitor("1ba"))}
-    logged = train(
-        model,
-        torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1),
-        list(watched.values()),
-        parallelism_config=None if fsdp is None else {"fsdp": fsdp},
-    )
-    metrics = {key: values for key, values in logged.items() if "/net." in key}
-    collectives = {}
+    callbacks: list[Callback] = [*watched.values()]
+    if net is Net:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
+    else:
+        optimizer = WeSaRAdamW(model.parameters(), lr=0.01, weight_decay=0.1, sigma=0.1, max_norm=0.5)
+        callbacks.append(OptimizerGates())
+    steps = watch_steps(optimizer)
+    logged = train(model, optimizer, callbacks, parallelism_config=None if fsdp is None else {"fsdp": fsdp})
+    metrics = {key: values for key, values in logged.items() if "/net." in key or key == "loss/train/total"}
+    found = {"step": collectives(steps[1])}
     for name, callback in watched.items():
-        operations = callback.operations["after_train_batch", 1] + callback.operations["batch_end", 2]
-        collectives[name] = Counter(
-            operation for operation in operations if "c10d" in operation and "wait" not in operation
-        )
-    return metrics, collectives
+        found[name] = collectives(callback.operations["after_train_batch", 1] + callback.operations["batch_end", 2])
+    return metrics, found
 
 
 def _flat_parameters() -> str:
@@ -58,7 +72,8 @@ def _flat_parameters() -> str:
 
 def _monitored_everywhere() -> dict[str, Any]:
     """All of it in one job: starting one takes longer than all runs."""
-    return {spread: _monitored(spread) for spread in SPREADS} | {"flat": _flat_parameters()}
+    runs = {(net.__name__, spread): _monitored(spread, net) for net in NETS for spread in SPREADS}
+    return {**runs, "flat": _flat_parameters()}
 
 
 @pytest.fixture(scope="module")
@@ -67,26 +82,29 @@ def two_processes() -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def one_process() -> dict[str, dict[int, float]]:
-    return _monitored("none")[0]
+def one_process() -> dict[str, dict[str, dict[int, float]]]:
+    return {net.__name__: _monitored("none", net)[0] for net in NETS}
 
 
-def test_names_are_plain_module_paths(one_process: dict[str, dict[int, float]]) -> None:
+def test_names_are_plain_module_paths(one_process: dict[str, dict]) -> None:
     gated = SCALAR_GATED | VECTOR_GATED
     expected = {f"{metric}/{name}" for metric in ("update_ratio", "weight_norm", "grad_norm") for name in MATRICES}
     expected |= {f"{metric}/{name}" for metric in ("virtual_update_ratio", "virtual_weight_norm") for name in gated}
     expected |= {f"gate/{name}" for name in SCALAR_GATED}
     expected |= {f"gate/{name}/{statistic}" for name in VECTOR_GATED for statistic in ("mean", "min", "max")}
-    assert set(one_process) == expected
+    assert set(one_process["Net"]) == expected | {"loss/train/total"}
+    expected = {f"{metric}/{name}" for metric in (*METRICS, "gate") for name in MATRICES}
+    assert set(one_process["PlainNet"]) == expected | {"loss/train/total"}
 
 
+@pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("spread", SPREADS)
-def test_two_processes_log_what_one_does(spread: str, two_processes: list, one_process: dict) -> None:
+def test_two_processes_log_what_one_does(spread: str, net: type[Net], two_processes: list, one_process: dict) -> None:
     """Same keys, steps and values on both ranks; 1e-5 because gradients and squares are added up in another order."""
     for rank in two_processes:
-        metrics, _ = rank[spread]
-        assert metrics.keys() == one_process.keys()
-        for key, values in one_process.items():
+        metrics, _ = rank[net.__name__, spread]
+        assert metrics.keys() == one_process[net.__name__].keys()
+        for key, values in one_process[net.__name__].items():
             assert metrics[key] == pytest.approx(values, rel=1e-5), key
 
 
@@ -95,14 +113,21 @@ def test_a_step_costs_one_collective(spread: str, two_processes: list) -> None:
     """Besides it, the two layers with vector gates are gathered before and after the step, if they are sharded."""
     gathers = {
         "fsdp2": {"_c10d_functional::all_gather_into_tensor": 8},  # W and α of each
-        "hsdp_sharded": {"_c10d_functional::all_gather_into_tensor": 8},
-        "hsdp_replicated": {"_c10d_functional::all_gather_into_tensor": 8},
         "fsdp1": {"c10d::allgather_": 2},  # the unit that holds both
     }
     for rank in two_processes:
-        _, collectives = rank[spread]
-        assert collectives["updates"] == {"c10d::allreduce_": 1, **gathers.get(spread, {})}
-        assert collectives["gates"] == {"c10d::allgather_": 1}
+        _, found = rank["Net", spread]
+        assert found["updates"] == {"c10d::allreduce_": 1, **gathers.get(spread, {})}
+        assert found["gates"] == {"c10d::allgather_": 1}
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_a_step_of_the_optimizer_costs_one_collective(spread: str, two_processes: list) -> None:
+    """None where each rank has all gradients."""
+    for rank in two_processes:
+        _, found = rank["PlainNet", spread]
+        assert found["step"] == ({} if spread == "ddp" else {"c10d::allreduce_": 1})
+        assert found["updates"] == {"c10d::allreduce_": 1}
 
 
 def test_fsdp1_without_original_parameters_is_refused(two_processes: list) -> None:

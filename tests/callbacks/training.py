@@ -1,5 +1,6 @@
 """A small model with every kind of layer that the monitors tell apart, and a real trainer around it."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -25,10 +26,10 @@ VECTOR_GATED = {"net.row", "net.norm"}
 
 
 class Block(nn.Module):
-    def __init__(self):
+    def __init__(self, linear: type[nn.Linear] = GatedLinear):
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
-        self.up = GatedLinear(WIDTH, 2 * WIDTH + 1, bias=False)
+        self.up = linear(WIDTH, 2 * WIDTH + 1, bias=False)
         self.down = nn.Linear(2 * WIDTH + 1, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,6 +58,16 @@ class Net(nn.Module):
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         return isinstance(module, Block)
+
+
+class PlainNet(Net):
+    """The same without gates."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.blocks = nn.ModuleList([Block(nn.Linear), Block(nn.Linear)])
+        self.row, self.norm = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
 
 class Regression(ComposerModel):
@@ -119,6 +130,36 @@ class Watched(Callback):
         with _Recorder() as recorder:
             self.callback.run_event(event, state, logger)
         self.operations[event.value, state.timestamp.batch.value] = recorder.operations
+
+
+def collectives(operations: list[str]) -> Counter[str]:
+    """How often each kind of collective was among the operations."""
+    return Counter(name for name in operations if "c10d" in name and "wait" not in name)
+
+
+def watch_steps(optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """Keep the names of the operations of each step on this process's tensors, without those of its closure."""
+    steps: list[list[str]] = []
+    recorder = _Recorder()
+
+    def enter(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        closure = kwargs["closure"]  # Composer's forward and backward passes
+
+        def watched() -> Any:
+            loss = closure()
+            recorder.operations = []
+            recorder.__enter__()
+            return loss
+
+        return args, {"closure": watched}
+
+    def leave(*_: Any) -> None:
+        recorder.__exit__(None, None, None)
+        steps.append(recorder.operations)
+
+    optimizer.register_step_pre_hook(enter)
+    optimizer.register_step_post_hook(leave)
+    return steps
 
 
 class _Recorder(TorchDispatchMode):
