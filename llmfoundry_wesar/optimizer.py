@@ -87,6 +87,7 @@ class WeSaRAdamW(torch.optim.AdamW):
         self.clipping: Tensor | None = None
         self._names: dict[Tensor, str] = {}
         self._shards: dict[Tensor, Shard] = {}
+        self._loaded = False
         # `capturable` is for `load_state_dict`: it then puts the step counts on the device, where `step` reads them.
         super().__init__(params, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, capturable=True)
         names = [name for group in self.param_groups for name in group.get("param_names", ())]
@@ -120,7 +121,7 @@ class WeSaRAdamW(torch.optim.AdamW):
         """The gate, 0-dimensional, of each parameter that has one. The gates start here if they have not yet.
 
         Raises:
-            ValueError: If α₀ of a matrix would be 0, infinite or NaN.
+            ValueError: If α₀ of a matrix would be 0, infinite or NaN, or a loaded state has no gates or other ones.
         """
         self._start()
         return {p: self.state[p]["gate"] for p in self._parameters() if "gate" in self.state.get(p, ())}
@@ -134,20 +135,9 @@ class WeSaRAdamW(torch.optim.AdamW):
         return [self._name(p) for p, held in zip(parameters, (least < floor).tolist(), strict=True) if held]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch.
-
-        Raises:
-            ValueError: If the state was saved by another optimizer, or with gates for other parameters.
-        """
+        """As in torch. Whether the state has the right gates is checked at the next call of `gates` or `step`."""
         super().load_state_dict(state_dict)
-        for parameter, state in self.state.items():
-            if ("gate" in state) != self._has_gate(parameter):
-                has = "a" if "gate" in state else "no"
-                raise ValueError(
-                    f"optimizer: the checkpoint has {has} gate for {self._name(parameter)}. It was saved by another "
-                    "optimizer, or with another value of optimizer.gated; to start the gates from its weights, set "
-                    "load_weights_only: true."
-                )
+        self._loaded = True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -214,7 +204,10 @@ class WeSaRAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def _start(self) -> None:
-        """Give each trained parameter its state, and a gate of α₀ = rms(V₀)/σ."""
+        """Give each trained parameter that has none its state, and a gate of α₀ = rms(V₀)/σ."""
+        if self._loaded:
+            self._complete_loaded_state()
+            self._loaded = False
         new = [p for p in self._parameters() if p.requires_grad and p not in self.state]
         if not new:
             return
@@ -235,20 +228,59 @@ class WeSaRAdamW(torch.optim.AdamW):
                     "trained; initialise the matrix, or keep it without a gate by an expression in optimizer.gated."
                 )
         for parameter in new:
-            values = {"step": 0.0}
-            if parameter in starts:
-                gate = starts[parameter]
-                values |= {"gate": gate, "gate_exp_avg": 0.0, "gate_exp_avg_sq": 0.0}
-                values |= {"gate_floor": FLOOR * gate, "gate_least": gate}
-            # 0-dimensional, so that each kind of checkpoint keeps them as it keeps AdamW's step.
-            state = {
-                key: local(parameter).new_full((), value, dtype=torch.float32 if key == "step" else None)
-                for key, value in values.items()
-            }
-            self.state[parameter] = state | {
-                key: torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                for key in ("exp_avg", "exp_avg_sq")
-            }
+            gate = starts.get(parameter)
+            self.state[parameter] = _state(
+                parameter, 0.0, None if gate is None else (gate, 0.0, 0.0, FLOOR * gate, gate)
+            )
+
+    def _complete_loaded_state(self) -> None:
+        """Check a loaded state, and copy to this rank what FSDP1 has loaded on other ranks only.
+
+        FSDP1 gives a rank no state for a parameter of which it holds nothing.
+
+        Raises:
+            ValueError: If the state was saved by another optimizer, or with gates for other parameters.
+        """
+        trained = [parameter for parameter in self._parameters() if parameter.requires_grad]
+        for parameter in trained:
+            state = self.state.get(parameter)
+            if state and ("gate" in state) != self._has_gate(parameter):
+                has = "a" if "gate" in state else "no"
+                raise ValueError(
+                    f"optimizer: the checkpoint has {has} gate for {self._name(parameter)}. It was saved by another "
+                    "optimizer, or with another value of optimizer.gated; to start the gates from its weights, set "
+                    "load_weights_only: true."
+                )
+        if not any(shard.unit for shard in self._shards.values()):
+            return
+        rows = torch.zeros(len(trained), 2 + len(_GATE), dtype=torch.float64, device=local(trained[0]).device)
+        for row, parameter in zip(rows, trained, strict=True):
+            if state := self.state.get(parameter):
+                keys = ("step", *_GATE) if "gate" in state else ("step",)
+                row[: 1 + len(keys)] = torch.stack([torch.ones_like(state["step"]), *(state[key] for key in keys)])
+        dist.all_reduce(rows)
+        for (ranks, step, *gate), parameter in zip(rows.tolist(), trained, strict=True):
+            if ranks > 0 and parameter not in self.state:
+                values = tuple(value / ranks for value in gate) if self._has_gate(parameter) else None
+                self.state[parameter] = _state(parameter, step / ranks, values)
+
+
+# The state of a gate: itself, its two moments, the value below which it does not go, and the least that it was to take.
+_GATE = ("gate", "gate_exp_avg", "gate_exp_avg_sq", "gate_floor", "gate_least")
+
+
+def _state(parameter: Tensor, step: float, gate: tuple[float, ...] | None) -> dict[str, Tensor]:
+    """The state of a parameter with moments of 0.
+
+    Each number is a 0-dimensional tensor of its own, which every kind of checkpoint keeps as it keeps AdamW's `step`.
+    """
+    numbers = {"step": torch.full((), step, dtype=torch.float32, device=parameter.device)}
+    for key, value in zip(_GATE, gate or (), strict=gate is not None):
+        numbers[key] = torch.full((), value, dtype=parameter.dtype, device=parameter.device)
+    moments = {
+        key: torch.zeros_like(parameter, memory_format=torch.preserve_format) for key in ("exp_avg", "exp_avg_sq")
+    }
+    return numbers | moments
 
 
 class _Block:

@@ -36,7 +36,7 @@ TINY = [
     "log_to_console=false",
 ]
 HELD_OUT = "metrics/eval/LanguageCrossEntropy"
-RESUMED = ["wesar", "sigma_reparam"]  # with gates, and with singular vectors beside them
+RESUMED = ["wesar", "sigma_reparam", "wesar_adamw"]  # with gates, singular vectors, and gates in the optimizer
 
 
 def train(data: Path, log_dir: Path, *overrides: str) -> dict[str, list[tuple[int, float]]]:
@@ -122,7 +122,7 @@ def test_two_fsdp2_processes_resume_to_the_bit_and_load_a_gated_file(dataset, tm
 
     To the bit as on one process, since the sum of two ranks has one order. The file has the held-out loss of the model
     that it was made from, but for the rounding of α(W̄/α) to float32, 1e-7. With `load_monolith_rank0_only` and without
-    `init_device: mixed` WeSaR's is 3.4 and not 1.4.
+    `init_device: mixed` WeSaR's is 3.4 and not 1.4. One process goes on from what the two saved, whole, as they do.
     """
     runs = launch(stop_resume_and_reload_each, dataset, tmp_path, timeout=600)[0]
     for method, (whole, rest, loaded) in runs.items():
@@ -130,6 +130,10 @@ def test_two_fsdp2_processes_resume_to_the_bit_and_load_a_gated_file(dataset, tm
         for checkpoints in ("sharded", "full"):
             assert rest[checkpoints] == {key: pairs[-2:] for key, pairs in whole.items()}, (method, checkpoints)
         assert loaded[HELD_OUT][0] == (0, pytest.approx(whole[HELD_OUT][0][1], rel=1e-5)), method
+    [checkpoint] = Path(tmp_path, "wesar_adamw/full").glob("ep0-ba2-*")
+    options = ["variables.method=wesar_adamw", f"load_path={checkpoint}", "eval_interval=1dur"]
+    alone, (two, _, _) = train(dataset, tmp_path / "alone", *options), runs["wesar_adamw"]
+    assert_same(alone, {key: pairs[-2:] for key, pairs in two.items()}, 5e-5)
 
 
 STOCK = """
