@@ -27,7 +27,9 @@ from llmfoundry_wesar.initialization import (
 from llmfoundry_wesar.layers import Reparameterized, ScaledEmbedding
 from llmfoundry_wesar.methods import expand
 from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM, check_keys, did_you_mean
+from llmfoundry_wesar.optimizer import WeSaRAdamW, second_gate
 from llmfoundry_wesar.roles import Role
+from llmfoundry_wesar.sharded import reparameterized_layers
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,17 @@ def _matrix(module: nn.Module, role: Role, start: _Start, lr: float, sigma: floa
     return Matrix(role.name, (rows, columns), 1, type(module).__name__, wanted * scale, std, gate, lr / std)
 
 
+def _optimizer_gates(options: Mapping[str, Any], model: nn.Module) -> WeSaRAdamW:
+    """Build the optimizer as foundry does, for its checks and for what has a gate."""
+    if layers := reparameterized_layers(model):
+        raise ValueError(second_gate(f"model.{next(iter(layers))}"))
+    options = {key: value for key, value in options.items() if key not in ("name", "param_groups", "disable_grad")}
+    try:
+        return WeSaRAdamW([(f"model.{name}", parameter) for name, parameter in model.named_parameters()], **options)
+    except TypeError as error:
+        raise ValueError(f"optimizer: {error}.") from error
+
+
 def inspect_config(config: dict[str, Any]) -> Inspection:
     """Say what each matrix of a model would start at, and count its parameters.
 
@@ -230,9 +243,6 @@ def inspect_config(config: dict[str, Any]) -> Inspection:
     lr = optimizer["lr"]
     if not is_number(lr) or not lr > 0:
         raise ValueError(f"optimizer.lr: {lr!r} is not a positive number; the paper's is 1.0e-3 (rapid) or 5.0e-4.")
-    sigma = optimizer.get("sigma", 0.0063245553) if optimizer.get("name") == "wesar_adamw" else None
-    if sigma is not None and (not is_number(sigma) or not 0 < sigma < math.inf):
-        raise ValueError(f"optimizer.sigma: {sigma!r} is not a positive number; the paper's is 0.0063245553.")
     if name == "wesar_mpt_causal_lm":
         check_keys(section)
     try:
@@ -243,12 +253,15 @@ def inspect_config(config: dict[str, Any]) -> Inspection:
             f"model: no model can be built from these values ({type(error).__name__}: {error}); compare their types "
             "with those in yamls/130m.yaml."
         ) from error
+    gates = _optimizer_gates(optimizer, model) if optimizer.get("name") == "wesar_adamw" else None
     matrices: dict[tuple, Matrix] = {}
     for module in model.modules():
         role = getattr(module, "role", None)
         if role is None:
             continue
+        assert isinstance(module.weight, torch.Tensor)
+        sigma = gates.sigma if gates is not None and gates.has_gate(module.weight) else None
         matrix = _matrix(module, role, start, lr, sigma)
-        key = (matrix.role, matrix.shape)
+        key = (matrix.role, matrix.shape, sigma)
         matrices[key] = replace(matrix, count=matrices[key].count + 1) if key in matrices else matrix
     return Inspection(list(matrices.values()), sum(p.numel() for p in model.parameters()))

@@ -11,6 +11,7 @@ from composer.utils import dist
 from torch import Tensor, nn
 
 from llmfoundry_wesar.functional import adamw_, compiled_adamw_
+from llmfoundry_wesar.initialization import is_number
 from llmfoundry_wesar.sharded import Shard, local, named_shards, shard_of, squares
 
 # A gate is held above this part of its initial value.
@@ -74,14 +75,14 @@ class WeSaRAdamW(torch.optim.AdamW):
     ):
         for key, value in (("amsgrad", amsgrad), ("maximize", maximize)):
             if value:
-                raise ValueError(f"{key}: wesar_adamw does not support it; remove the line.")
+                raise ValueError(f"optimizer.{key}: wesar_adamw does not support it; remove the line.")
         for key, value in (("sigma", sigma), ("max_norm", max_norm)):
-            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
-                raise ValueError(f"{key}: {value!r} is not a positive number.")
+            if value is not None and not (is_number(value) and 0 < value < math.inf):
+                raise ValueError(f"optimizer.{key}: {value!r} is not a positive number.")
         try:
             self._pattern = None if gated is None else re.compile(gated)
         except (re.error, TypeError) as error:
-            raise ValueError(f"gated: {gated!r} is not a regular expression: {error}.") from error
+            raise ValueError(f"optimizer.gated: {gated!r} is not a regular expression: {error}.") from error
         self.sigma, self.max_norm, self.fused = sigma, max_norm, fused
         # What the gradients of the last step were multiplied by to clip them, 0-dimensional.
         self.clipping: Tensor | None = None
@@ -183,19 +184,24 @@ class WeSaRAdamW(torch.optim.AdamW):
     def _name(self, parameter: Tensor) -> str:
         return self._names.get(parameter, f"a parameter of shape {tuple(self._shard(parameter).shape)}")
 
-    def _has_gate(self, parameter: Tensor) -> bool:
+    def has_gate(self, parameter: Tensor) -> bool:
+        """Whether the parameter has a gate, or will have one once the gates start.
+
+        Raises:
+            ValueError: If `gated` is an expression and the optimizer does not know the parameter's name.
+        """
         if self._pattern is None:
             return len(self._shard(parameter).shape) >= 2
         if parameter not in self._names:
             raise ValueError(
-                f"gated: {self._pattern.pattern!r} needs the parameters' names; pass model.named_parameters() to the "
-                "optimizer, or call its bind(model)."
+                f"optimizer.gated: {self._pattern.pattern!r} needs the parameters' names; pass "
+                "model.named_parameters() to the optimizer, or call its bind(model)."
             )
         return self._pattern.search(self._names[parameter]) is not None
 
     def _check_gated(self) -> None:
         trained = [parameter for parameter in self._parameters() if parameter.requires_grad]
-        if not any(map(self._has_gate, trained)):
+        if not any(map(self.has_gate, trained)):
             fits = "the default" if self._pattern is None else repr(self._pattern.pattern)
             names = ", ".join(map(self._name, trained[:8])) + (", …" if len(trained) > 8 else "")
             raise ValueError(
@@ -212,7 +218,7 @@ class WeSaRAdamW(torch.optim.AdamW):
         if not new:
             return
         self._check_gated()
-        gated = [parameter for parameter in new if self._has_gate(parameter)]
+        gated = [parameter for parameter in new if self.has_gate(parameter)]
         starts: dict[Tensor, float] = {}
         if gated:
             parts = [local(parameter) for parameter in gated]
@@ -244,7 +250,7 @@ class WeSaRAdamW(torch.optim.AdamW):
         trained = [parameter for parameter in self._parameters() if parameter.requires_grad]
         for parameter in trained:
             state = self.state.get(parameter)
-            if state and ("gate" in state) != self._has_gate(parameter):
+            if state and ("gate" in state) != self.has_gate(parameter):
                 has = "a" if "gate" in state else "no"
                 raise ValueError(
                     f"optimizer: the checkpoint has {has} gate for {self._name(parameter)}. It was saved by another "
@@ -261,7 +267,7 @@ class WeSaRAdamW(torch.optim.AdamW):
         dist.all_reduce(rows)
         for (ranks, step, *gate), parameter in zip(rows.tolist(), trained, strict=True):
             if ranks > 0 and parameter not in self.state:
-                values = tuple(value / ranks for value in gate) if self._has_gate(parameter) else None
+                values = tuple(value / ranks for value in gate) if self.has_gate(parameter) else None
                 self.state[parameter] = _state(parameter, step / ranks, values)
 
 
@@ -375,3 +381,11 @@ def optimizer_gates(optimizers: Iterable[torch.optim.Optimizer]) -> dict[Tensor,
         if isinstance(optimizer, WeSaRAdamW)
         for parameter, gate in optimizer.gates().items()
     }
+
+
+def second_gate(layer: str) -> str:
+    """What to say where a layer that has a gate would get another one from the optimizer."""
+    return (
+        f"optimizer.name: wesar_adamw would give {layer} a second gate; write optimizer.name: adamw or, for plain "
+        "layers, variables.method: wesar_adamw."
+    )

@@ -99,6 +99,9 @@ def test_a_plain_model_under_the_gated_optimizer(section, roles, tmp_path):
             assert within_sampling_error(weight, row.virtual_std), name
             assert (row.std, row.gate) == (0.01, pytest.approx(row.virtual_std / 0.01))
             assert row.update_ratio == pytest.approx(0.1)
+    optimizer = {"name": "wesar_adamw", "lr": 1e-3, "gated": r"(down_proj|mlp.c_proj)\.weight$"}
+    gates = {row.role: row.gate for row in inspect_config({"model": section, "optimizer": optimizer}).matrices}
+    assert {role for role, gate in gates.items() if gate is not None} == {"W_d"}
     adamw = inspect_config({"model": section, "optimizer": {"name": "adamw", "lr": 1e-3}})
     assert [(row.std, row.gate) for row in adamw.matrices] == [(row.virtual_std, None) for row in inspection.matrices]
 
@@ -159,7 +162,7 @@ def test_what_is_no_config_is_refused_in_one_line(file, message):
         ("model.name=wesar_hf_causal_lm", "wesar_hf_causal_lm has no such key"),
         (
             "optimizer.name=wesar_adamw optimizer.sigma=0 variables.method=he_init",
-            "optimizer.sigma: 0 is not a positive",
+            "optimizer.sigma: 0 is not a positive number",
         ),
         ("model.init_config.sigma=0", "sigma: 0 is not a positive number"),
         ("model.zloss=0", "model.zloss: 0 is of no use"),

@@ -300,7 +300,7 @@ def test_a_state_goes_through_a_file_to_the_bit(tmp_path):
         ({"sigma": 0.0}, "sigma: 0.0 is not a positive number"),
         ({"sigma": math.nan}, "sigma: nan is not"),
         ({"max_norm": -1.0}, "max_norm: -1.0 is not"),
-        ({"gated": "("}, r"gated: '\(' is not a regular expression"),
+        ({"gated": "("}, r"optimizer.gated: '\(' is not a regular expression"),
         ({"gated": "lm_heat"}, "optimizer.gated: 'lm_heat' fits no trained parameter; .* some of a.weight, b.bias"),
         ({"amsgrad": True}, "amsgrad: wesar_adamw does not support it; remove"),
         ({"maximize": True}, "maximize: wesar_adamw does not support it; remove"),

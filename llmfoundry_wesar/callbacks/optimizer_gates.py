@@ -7,7 +7,7 @@ from composer.core import State, Time
 from composer.loggers import Logger
 
 from llmfoundry_wesar.callbacks.interval import IntervalCallback
-from llmfoundry_wesar.optimizer import WeSaRAdamW
+from llmfoundry_wesar.optimizer import WeSaRAdamW, second_gate
 from llmfoundry_wesar.sharded import reparameterized_layers
 
 
@@ -39,10 +39,7 @@ class OptimizerGates(IntervalCallback):
                     "already; remove gradient_clipping from algorithms."
                 )
             if layers := list(reparameterized_layers(state.model)):
-                raise ValueError(
-                    f"optimizer.name: wesar_adamw would give {layers[0]} a second gate; write optimizer.name: adamw "
-                    "or, for plain layers, variables.method: wesar_adamw."
-                )
+                raise ValueError(second_gate(layers[0]))
             optimizer.bind(state.model)
 
     def after_load(self, state: State, logger: Logger) -> None:
