@@ -8,7 +8,6 @@
     logs/  tensorboard/  checkpoints/ (if the config saves any), with an entry for each run
 """
 
-import csv
 import fcntl
 import hashlib
 import importlib.metadata
@@ -38,7 +37,7 @@ from tqdm import tqdm
 from llmfoundry_wesar.inspection import inspect_config, load_config
 from llmfoundry_wesar.methods import load
 from llmfoundry_wesar.runs.scalars import read_scalars, replacing
-from llmfoundry_wesar.runs.summary import COLUMNS, Row, draw_curves, measure, read_rows, write_table
+from llmfoundry_wesar.runs.summary import Row, append_rows, draw_curves, measure, read_rows, write_table
 
 # What a run is called, where it writes and what it prints; `variables` act through the keys that refer to them.
 _NO_EFFECT = {"autoresume", "console_log_interval", "flatten_metadata", "log_config", "log_to_console", "loggers"}
@@ -203,8 +202,7 @@ def _locked(out: Path) -> Iterator[IO[str]]:
     """Make the folder if need be, and keep others out of it while this process or a trainer that it started lives."""
     for name in ("logs", "tensorboard"):
         (out / name).mkdir(parents=True, exist_ok=True)
-    if not (out / "runs.csv").exists():
-        (out / "runs.csv").write_text(",".join(COLUMNS) + "\n")
+    append_rows(out / "runs.csv", [])
     with (out / ".lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -297,8 +295,7 @@ def _do(run: Run, out: Path, lock: IO[str], bar: tqdm) -> str:
             text = f"held-out loss {row['held_out_loss']:.3f}, {row['wall_seconds']:.0f} s"
         except (FileNotFoundError, ValueError) as error:
             text = str(error)
-    with (out / "runs.csv").open("a", newline="", encoding="utf-8") as file:
-        csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+    append_rows(out / "runs.csv", [row])
     return f"finished, {text}" if row["status"] == "finished" else f"failed ({text}), see {log}"
 
 

@@ -6,8 +6,9 @@
 import csv
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -144,6 +145,21 @@ def read_rows(path: str | Path) -> list[Row]:
         raise ValueError(f"{path}: damaged ({error}); restore it or use a new folder") from error
 
 
+def append_rows(path: Path, rows: Iterable[Mapping[str, Any]], columns: Iterable[str] = COLUMNS) -> None:
+    """Append rows to a CSV file. A new file gets a header, even without rows."""
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def markdown(rows: Iterable[Sequence[str]]) -> str:
+    """Write rows of a Markdown table."""
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
 def _mean(values: np.ndarray, form: str) -> str:
     if not len(values):
         return "–"
@@ -181,7 +197,7 @@ def table(rows: Sequence[Row]) -> str:
         lines.append([*line, _mean(time, ".2f"), _mean(group["parameters"][:1], ",.0f")])
     if not any(variation for _, variation in groups):
         lines = [[line[0], *line[2:]] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return markdown(lines)
 
 
 def write_table(rows: Sequence[Row], path: str | Path) -> None:
