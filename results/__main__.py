@@ -1,6 +1,5 @@
-"""`python -m results`: does the runs of a claim, or draws and judges all claims from what is kept."""
+"""`python -m results`: train the runs of a claim, or judge and draw all claims from the runs that are kept."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated
@@ -9,9 +8,9 @@ from typer import Argument, Option, Typer, echo
 
 from llmfoundry_wesar.cli import one_line_errors
 from llmfoundry_wesar.runs.scalars import replacing
-from llmfoundry_wesar.runs.summary import table
+from llmfoundry_wesar.runs.summary import markdown, table
 from results import learning_rates, methods, norms, perplexity, relative_step, seeds, spikes, update_ratios
-from results.evidence import FOLDER, SIZES, Evidence, Lacking, Verdict, run, save
+from results.evidence import FOLDER, SIZES, Evidence, Lacking, Verdict, run
 
 CLAIMS: dict[str, ModuleType] = {
     "update_ratios": update_ratios,
@@ -22,76 +21,68 @@ CLAIMS: dict[str, ModuleType] = {
     "relative_step": relative_step,
     "spikes": spikes,
 }
+WORK = Path("runs/claims")
 app = Typer(help="The evidence for the claims in results/README.md.", no_args_is_help=True)
 
 
 def judge(claim: ModuleType, evidence: Evidence) -> Verdict:
-    """A claim's verdict; not decided, with what lacks, if its runs are not there."""
+    """Return the verdict of a claim. If runs are missing, it is not decided and says which."""
     try:
         return claim.report(evidence)
     except Lacking as lacking:
         return Verdict("not decided", f"{str(lacking)[0].upper()}{str(lacking)[1:]}.")
 
 
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    rows = [f"| {' | '.join(line)} |\n" for line in lines]
-    return "".join([rows[0], "|---" * len(lines[0]) + "|\n", *rows[1:]]) + "\n"
-
-
 @app.command("run")
 def run_claim(
     claim: Annotated[str, Argument(help=f"One of {', '.join(CLAIMS)}.")],
-    overrides: Annotated[list[str] | None, Argument(help="key=value for all runs, as for the trainer.")] = None,
-    size: Annotated[str, Option(help=f"One of {', '.join(SIZES)}; the latter is for a GPU.")] = "2m",
-    minutes: Annotated[float, Option(help="Start no run that would not end within so many.")] = 9,
-    work: Annotated[Path, Option(help="Logs, event files and checkpoints.")] = Path("runs/claims"),
-    folder: Annotated[Path, Option(help="Of runs.csv and curves.")] = FOLDER,
+    size: Annotated[str, Option(help=f"One of {', '.join(SIZES)}; 130m needs a GPU.")] = "2m",
+    work: Annotated[Path, Option(help="Folder for logs, event files and checkpoints.")] = WORK,
 ) -> None:
-    """Do the runs of a claim that are not kept yet; the same command goes on."""
+    """Train the runs of a claim that are not kept yet. After an interruption, the same command continues."""
     with one_line_errors():
         if claim not in CLAIMS:
-            raise ValueError(f"{claim} is no claim; name one of {', '.join(CLAIMS)}")
+            raise ValueError(f"{claim} is not a claim; name one of {', '.join(CLAIMS)}")
         series = [each for each in CLAIMS[claim].SERIES if each.size == size]
         if not series:
             raise ValueError(f"{claim} has no runs of its own at size {size}")
-        left = run(series, minutes, work, folder, overrides or ())
-    echo(f"{left} runs left; the same command goes on" if left else "all runs are kept")
+        failed = run(series, work)
+    echo(f"{failed} runs failed; the same command tries them again" if failed else "all runs are kept")
 
 
 @app.command()
 def score(
     data: Annotated[Path | None, Option(help="As for llmfoundry-wesar evaluate.")] = None,
-    work: Annotated[Path, Option(help="As for run.")] = Path("runs/claims"),
-    folder: Annotated[Path, Option(help="As for run; perplexity.csv goes there.")] = FOLDER,
+    work: Annotated[Path, Option(help="The folder of run.")] = WORK,
 ) -> None:
     """Score the merged models of Small init and WeSaR at 1e-3 on WikiText and LAMBADA."""
     with one_line_errors():
-        for line in perplexity.score(Evidence(folder), work, data):
+        for line in perplexity.score(Evidence(), work, data):
             echo(line)
 
 
 @app.command()
-def report(
-    folder: Annotated[Path, Option(help="Of runs.csv and curves.")] = FOLDER,
-    out: Annotated[Path, Option(help="For verdicts.md and the pictures.")] = FOLDER,
-) -> None:
-    """Write verdicts.md and its pictures, from runs.csv and curves alone."""
-    evidence = Evidence(folder)
+def report(out: Annotated[Path, Option(help="Folder for verdicts.md and the pictures.")] = FOLDER) -> None:
+    """Write verdicts.md and its pictures from runs.csv, curves and perplexity.csv. Nothing is trained."""
+    evidence = Evidence()
     text = "# What came out\n\nWritten by `python -m results report`; README.md beside it has the claims and rules.\n\n"
     text += f"{len(evidence.rows)} runs finished, {len(evidence.failed)} failed. Intervals are 95%, over seeds.\n\n"
     sections = {f"({letter}) {name}": claim for letter, (name, claim) in zip("abcdefg", CLAIMS.items(), strict=True)}
-    for title, claim in {**sections, "perplexity": perplexity}.items():
-        verdict = judge(claim, evidence)
-        sentence = f"{title.replace('_', ' ')}: {verdict.status}. {verdict.sentences}"
+    for name, claim in {**sections, "perplexity": perplexity}.items():
+        title, verdict = name.replace("_", " "), judge(claim, evidence)
+        sentence = f"{title}: {verdict.status}. {verdict.sentences}"
         echo(sentence)
-        text += f"## {title.replace('_', ' ')}\n\n{sentence}\n\n"
+        text += f"## {title}\n\n{sentence}\n\n"
         if verdict.table:
-            text += _table(verdict.table)
+            header, *lines = verdict.table
+            text += markdown([header]) + "|---" * len(header) + "|\n" + markdown(lines) + "\n"
         if verdict.picture:
             picture = f"{claim.__name__.rpartition('.')[2]}.png"
-            save(verdict.picture, out / picture)
-            text += f"![{title.replace('_', ' ')}]({picture})\n\n"
-    if large := Evidence(folder, "130m").rows:
+            # Without the version of matplotlib in it, equal pictures are equal files.
+            with replacing(out / picture) as partial:
+                verdict.picture.savefig(partial, dpi=160, metadata={"Software": None})
+            text += f"![{title}]({picture})\n\n"
+    if large := Evidence(size="130m").rows:
         text += f"## 130M\n\n{table(large)}\n"
     with replacing(out / "verdicts.md") as partial:
         partial.write_text(text.rstrip("\n") + "\n", encoding="utf-8")

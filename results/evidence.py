@@ -1,37 +1,35 @@
-"""The runs behind the claims: which they are, how they are done and kept, and how they are read back.
+"""Plan, train, keep and read the runs that the claims are judged by.
 
-runs.csv            a line for each run that ended, with the columns of `summary`; it is only ever appended to
-curves/RUN.csv.xz   what a finished run logged: its losses, and the KEPT metrics of every matrix
+runs.csv            a row for each run that has ended, with the columns of `summary`; rows are only ever appended
+curves/RUN.csv.xz   the losses of a finished run, and the KEPT metrics of every matrix
 """
 
-import csv
 import math
-import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
-from llmfoundry_wesar.runs.compare import Run, plan, results, run_series
-from llmfoundry_wesar.runs.scalars import Scalars, find_curves, read_scalars, replacing, write_csv
-from llmfoundry_wesar.runs.summary import COLUMNS, Row, read_rows
+from llmfoundry_wesar.runs.compare import Run, plan, run_series
+from llmfoundry_wesar.runs.scalars import Scalars, find_curves, read_scalars, write_csv
+from llmfoundry_wesar.runs.summary import Row, append_rows, read_rows
 
 FOLDER = Path(__file__).parent
 KEPT = ("loss/train/loss", "metrics/eval/", "update_ratio/", "weight_norm/", "grad_norm/", "gate/")
 DIGITS = 5
 SEEDS = tuple(range(11, 16))
-# The comparison that most claims are about, and its seeds at LEARNING_RATE.
+# The two methods that most claims compare, and the seeds of their runs at LEARNING_RATE.
 MAIN, MAIN_SEEDS = ("small_init", "wesar"), tuple(range(11, 19))
 LEARNING_RATE = 1e-3
-FEWEST = 5
 
 
 class Size(NamedTuple):
-    """A model, its text and its training."""
+    """A training YAML, what all runs change in it, and between which limits its number of parameters lies."""
 
     config: str
     overrides: tuple[str, ...]
@@ -70,7 +68,7 @@ class Series:
 
     Attributes:
         methods: Values of `variables.method`.
-        seeds: Of weights and data order.
+        seeds: Seeds of the weights and of the data order.
         vary: Key → values.
         size: A name in `SIZES`.
     """
@@ -81,24 +79,14 @@ class Series:
     size: str = "2m"
 
     def plan(self, work: Path, overrides: Sequence[str] = ()) -> list[Run]:
-        """The runs, by `compare.plan`."""
+        """List the runs, see `compare.plan`."""
         config, own, _ = SIZES[self.size]
         vary = [f"{key}={','.join(values)}" for key, values in (self.vary or {}).items()]
         return plan(config, self.methods, self.seeds, work, vary, [*own, *overrides])
 
 
-def append(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Adds rows to a CSV, which begins with its columns."""
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
 def keep(row: Row, scalars: Scalars, folder: Path) -> None:
-    """Adds a run that ended to `runs.csv`, after its curves if it finished."""
+    """Write the curves of a run if it has finished, then append its row to `runs.csv`."""
     if row["status"] == "finished":
         kept = {
             metric: (steps, np.array([f"{value:.{DIGITS}g}" for value in values], dtype=np.float32))
@@ -106,46 +94,35 @@ def keep(row: Row, scalars: Scalars, folder: Path) -> None:
             if metric.startswith(KEPT)
         }
         write_csv(folder / "curves" / f"{row['run']}.csv.xz", {row["run"]: kept})
-    append(folder / "runs.csv", COLUMNS, [row])
+    append_rows(folder / "runs.csv", [row])
 
 
-def run(series: Iterable[Series], minutes: float, work: Path, folder: Path, overrides: Sequence[str] = ()) -> int:
-    """Does the runs that are not kept yet, as many as end within the time.
-
-    A run starts only if one as long as the longest so far would still end in time.
+def run(series: Iterable[Series], work: Path, folder: Path = FOLDER, overrides: Sequence[str] = ()) -> int:
+    """Train the runs that are not kept yet, one after the other, and keep each as soon as it ends.
 
     Args:
-        series: In the order of their importance.
-        minutes: For all together.
-        work: The folder of `compare` for logs, event files and checkpoints. What has finished there is kept first.
-        folder: Of `runs.csv` and `curves`.
+        series: Runs, the most important first.
+        work: The folder of `compare` for logs, event files and checkpoints. A run that has finished there is kept
+            without training it again.
+        folder: The folder of `runs.csv` and `curves`.
         overrides: `key=value` for all runs, as for the trainer.
 
     Returns:
-        How many runs are left, those that failed among them.
+        How many runs have failed or were killed. The next call tries them again.
     """
-    end, longest, left = time.monotonic() + 60 * minutes, 0.0, 0
-    for group in series:
-        for each in group.plan(work, overrides):
-            path = folder / "runs.csv"
-            rows = read_rows(path) if path.exists() else []
-            if any(row["run"] == each.name and row["status"] == "finished" for row in rows):
-                continue
-            start, done = time.monotonic(), any(row["status"] == "finished" for row in results([each], work))
-            if not done and start + longest >= end:
-                left += 1
-                continue
-            finished = False
-            for row in run_series([each], work):
-                finished = row["status"] == "finished"
-                keep(row, read_scalars(work / "tensorboard" / each.name) if finished else {}, folder)
-            left += not finished
-            longest = max(longest, time.monotonic() - start)
-    return left
+    path, failed = folder / "runs.csv", 0
+    kept = {row["run"] for row in read_rows(path) if row["status"] == "finished"} if path.exists() else set()
+    for each in (each for group in series for each in group.plan(work, overrides) if each.name not in kept):
+        finished = False
+        for row in run_series([each], work):
+            finished = row["status"] == "finished"
+            keep(row, read_scalars(work / "tensorboard" / each.name) if finished else {}, folder)
+        failed += not finished
+    return failed
 
 
-class Lacking(Exception):
-    """A claim cannot be judged yet, for want of the runs that the message names."""
+class Lacking(ValueError):
+    """A claim cannot be judged yet, because the runs that the message names are not kept."""
 
 
 class Interval(NamedTuple):
@@ -154,39 +131,35 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
-    n: int
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def interval(values: Iterable[float]) -> Interval:
-    """The mean of at least two values, with its 95% t-interval."""
-    array = np.array(list(values), dtype=float)
-    half = stats.t.ppf(0.975, len(array) - 1) * array.std(ddof=1) / math.sqrt(len(array))
-    return Interval(array.mean(), array.mean() - half, array.mean() + half, len(array))
+def interval(values: np.ndarray) -> Interval:
+    """Compute the mean of at least two values and its 95% t-interval.
 
-
-def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Interval:
-    """The interval of first − second over the seeds that both have."""
-    return interval(first[seed] - second[seed] for seed in sorted(first.keys() & second.keys()))
+    The difference of two methods' arrays gives the paired interval, because all arrays have the order of the seeds.
+    """
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return Interval(values.mean(), values.mean() - half, values.mean() + half)
 
 
 def jumped(row: Row) -> bool:
-    """Whether a run's training loss jumped by more than 1 nat, by `summary.largest_jump`."""
+    """Tell whether the training loss of a run jumped by more than 1 nat, see `summary.largest_jump`."""
     return float(row["largest_jump"] or 0) > 1
 
 
-def _variation(row: Row) -> frozenset[tuple[str, float]]:
+def _variation(row: Row) -> dict[str, float]:
     pairs = (text.partition("=") for text in row["variation"].split())
-    return frozenset((key, float(value)) for key, _, value in pairs)
+    return {key: float(value) for key, _, value in pairs}
 
 
 class Evidence:
-    """What is kept in a folder of runs, of one size.
+    """The runs of one size that a folder keeps.
 
     Args:
-        folder: Of `runs.csv` and `curves`.
+        folder: The folder of `runs.csv` and `curves`.
         size: A name in `SIZES`.
     """
 
@@ -197,55 +170,59 @@ class Evidence:
         self.rows = [row for row in rows if row["status"] == "finished"]
         self.failed = [row for row in rows if row["status"] != "finished"]
 
-    def find(self, method: str, seeds: Sequence[int] = SEEDS, fewest: int = FEWEST, **vary: float) -> dict[int, Row]:
-        """Seed → row of the runs of a method, by keyword `learning_rate` or `sigma` if they vary.
+    def find(self, method: str, seeds: Sequence[int] = SEEDS, **varied: float) -> list[Row]:
+        """Find the row of a method's run for each of the seeds. If a run has several rows, take the last.
+
+        Args:
+            method: The value of `variables.method`.
+            seeds: The seeds, in the order of the result.
+            **varied: `learning_rate`, by default LEARNING_RATE, or `sigma`, by default the method's.
 
         Raises:
-            Lacking: There are fewer than so many.
+            Lacking: The run of a seed is not there.
         """
         names = {"learning_rate": "optimizer.lr", "sigma": "model.init_config.sigma"}
-        wanted = frozenset((names[name], value) for name, value in vary.items())
-        if vary.get("learning_rate") == LEARNING_RATE:
-            wanted -= {("optimizer.lr", LEARNING_RATE)}
+        usual = ("learning_rate", LEARNING_RATE)
+        variation = {names[name]: value for name, value in varied.items() if (name, value) != usual}
         found = {
             int(row["seed"]): row
             for row in self.rows
-            if row["method"] == method and int(row["seed"]) in seeds and _variation(row) == wanted
+            if row["method"] == method and int(row["seed"]) in seeds and _variation(row) == variation
         }
-        if len(found) < fewest:
-            with_values = "".join(f" {name} {value:g}" for name, value in vary.items())
-            raise Lacking(f"{len(found)} of {fewest} runs of {method}{with_values}")
-        return dict(sorted(found.items()))
+        if len(found) < len(seeds):
+            with_values = "".join(f" {name} {value:g}" for name, value in varied.items())
+            raise Lacking(f"{len(found)} of {len(seeds)} runs of {method}{with_values}")
+        return [found[seed] for seed in seeds]
 
-    def losses(self, method: str, seeds: Sequence[int] = SEEDS, **vary: float) -> dict[int, float]:
-        """Seed → held-out loss; as for `find`."""
-        return {seed: float(row["held_out_loss"]) for seed, row in self.find(method, seeds, **vary).items()}
+    def losses(self, method: str, seeds: Sequence[int] = SEEDS, **varied: float) -> np.ndarray:
+        """Return the held-out loss for each of the seeds; arguments and errors as for `find`."""
+        return np.array([float(row["held_out_loss"]) for row in self.find(method, seeds, **varied)])
 
     def curves(self, row: Row) -> Scalars:
-        """What a run logged."""
+        """Read the metrics that are kept of a run."""
         return read_scalars(self.folder / "curves" / f"{row['run']}.csv.xz")
 
 
-def by_role(scalars: Scalars, family: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Role → steps, and the metrics of its matrices (blocks, steps)."""
-    found: dict[str, list[str]] = {}
-    for curve in find_curves("", scalars, family):
-        found.setdefault(curve.role, []).append(curve.metric)
+def by_role(runs: Sequence[Scalars], family: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return role → (steps, values), where the values of its matrices have the shape (runs, blocks, steps)."""
+    metrics: dict[str, list[str]] = defaultdict(list)
+    for curve in find_curves("", runs[0], family):
+        metrics[curve.role].append(curve.metric)
     return {
-        role: (scalars[metrics[0]][0], np.stack([scalars[metric][1].astype(float) for metric in metrics]))
-        for role, metrics in found.items()
+        role: (runs[0][names[0]][0], np.array([[run[name][1] for name in names] for run in runs], dtype=float))
+        for role, names in metrics.items()
     }
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a claim came to.
+    """The outcome of a claim.
 
     Attributes:
-        status: confirmed, not confirmed, or not decided.
-        sentences: With the figures that say so.
-        picture: What shows it.
-        table: More figures, lines of a Markdown table.
+        status: confirmed, not confirmed, not decided, or measured if the claim has no bar.
+        sentences: The figures that the status follows from.
+        picture: A picture of them.
+        table: More figures: a header and rows.
     """
 
     status: str
@@ -255,11 +232,5 @@ class Verdict:
 
 
 def decide(passed: bool, opposite: bool) -> str:
-    """A claim's status, by whether its bar was passed, and whether the opposite would have passed the same bar."""
+    """Return a claim's status from whether it passed its bar, and whether its opposite would pass the same bar."""
     return "confirmed" if passed else "not confirmed" if opposite else "not decided"
-
-
-def save(picture: Figure, path: Path) -> None:
-    """Writes a picture, without what would make equal pictures differ."""
-    with replacing(path) as partial:
-        picture.savefig(partial, dpi=160, metadata={"Software": None})

@@ -1,4 +1,4 @@
-"""What the pictures of the claims share."""
+"""Draw what the pictures of several claims have in common."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from llmfoundry_wesar.runs.plot import STYLE
 
 
 def panels(columns: int, sharey: bool = False, height: float = 3.0) -> tuple[Figure, list[Axes]]:
-    """A row of panels, in the style of `plot`."""
+    """Make a row of panels in the style of `plot`; the height is in inches."""
     with matplotlib.rc_context(STYLE):
         picture = Figure(figsize=(3.8 * columns, height), layout="constrained")
         axes = picture.subplots(1, columns, sharey=sharey, squeeze=False)[0]
@@ -20,25 +20,15 @@ def panels(columns: int, sharey: bool = False, height: float = 3.0) -> tuple[Fig
 
 
 def band(axis: Axes, x: np.ndarray, values: np.ndarray, colour: str, label: str, **style: Any) -> None:
-    """The mean over seeds of values (seeds, x), and the range of the seeds as a band."""
+    """Draw the mean over seeds of values (seeds, x) as a line, and the range of the seeds as a band."""
     axis.plot(x, values.mean(axis=0), color=colour, label=label, **style)
     axis.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0)
 
 
-def over_steps(
-    axis: Axes, curves: Sequence[tuple[np.ndarray, np.ndarray]], colour: str, label: str, **style: Any
-) -> None:
-    """The `band` of each seed's (steps, values), of which all steps are the same."""
-    band(axis, curves[0][0], np.stack([values for _, values in curves]), colour, label, linewidth=1.3, **style)
-    axis.set_xlabel("step")
-
-
-def dots(axis: Axes, groups: Mapping[str, Sequence[float]], colours: Sequence[str]) -> None:
-    """A line for each group: a dot for each seed, a bar at the mean; the first group is on top, an empty one blank."""
+def dots(axis: Axes, groups: Mapping[str, np.ndarray], colours: Sequence[str]) -> None:
+    """Draw a row for each group, the first on top: a dot for each seed, and a bar at the mean."""
     for position, ((name, values), colour) in enumerate(zip(groups.items(), colours, strict=False)):
         axis.plot(values, np.full(len(values), position), "o", color=colour, alpha=0.5, markersize=4, label=name)
-        axis.plot(
-            [np.mean(values) if values else np.nan], [position], "|", color=colour, markersize=16, markeredgewidth=2
-        )
+        axis.plot([values.mean()], [position], "|", color=colour, markersize=16, markeredgewidth=2)
     axis.set_yticks(range(len(groups)), list(groups))
     axis.set_ylim(len(groups) - 0.5, -0.5)
