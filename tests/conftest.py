@@ -9,7 +9,7 @@ from streaming import MDSWriter
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-# Started first, so that no process of `pytest -n` is left alone with a long one at the end.
+# These start first, so that no process of `pytest -n` runs a long file alone at the end.
 LONGEST = ["trained", *(f"tests/{name}.py" for name in ("runs/test_compare", "test_training", "test_step"))]
 LONGEST += ["tests/test_quickstart.py", "tests/test_results.py"]
 
@@ -22,10 +22,11 @@ def group(test: str) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep the processes of `pytest -n` from taking the same names of shared memory.
+    """Keep the processes of `pytest -n` from using the same names of shared memory.
 
-    streaming takes the first free number for them, and two trainers that start at the same moment can take the same. It
-    passes over numbers that have a lock file in the folder for temporary files: here those of the other processes.
+    streaming takes the first free number for a name, so two trainers that start at the same moment can take the same
+    one. It skips numbers that have a lock file in the temporary folder, so this makes lock files for the numbers of the
+    other processes.
     """
     if (worker := os.environ.get("PYTEST_XDIST_WORKER")) is None:
         return
@@ -45,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give each group of tests to one process of `pytest -n`, so that what they share is made once."""
+    """Give each group of tests to one process of `pytest -n`, so that shared fixtures are made only once."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByGroup(LoadScopeScheduling):
@@ -56,7 +57,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def write_split(folder: Path, sequences: np.ndarray) -> None:
-    """Write token shards, a row a sequence, for foundry's text loader."""
+    """Write token shards for foundry's text loader, one sequence a row."""
     with MDSWriter(out=str(folder), columns={"tokens": "ndarray:int32"}) as writer:
         for sequence in sequences:
             writer.write({"tokens": sequence})
@@ -64,9 +65,9 @@ def write_split(folder: Path, sequences: np.ndarray) -> None:
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `llmfoundry-wesar data` writes, in small: 97 tokens, 64 training and 8 validation sequences of 16.
+    """Write in small what `llmfoundry-wesar data` writes: 97 tokens, 64 training and 8 validation sequences of 16.
 
-    Each sequence counts up from a random token, so that there is something to learn.
+    Each sequence counts up from a random token, so that a model can learn it.
     """
     folder = tmp_path_factory.mktemp("dataset")
     vocabulary = {f"t{i}": i for i in range(96)} | {"<|endoftext|>": 96}
@@ -81,7 +82,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real text as tokens, by the project's own tool."""
+    """Tokenize real text with `llmfoundry-wesar data`."""
     from tests.trained import prepare_text
 
     return prepare_text(tmp_path_factory.mktemp("text"))
@@ -89,7 +90,7 @@ def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """Every case of `tests.trained`, by name: a checkpoint, merged models, and what its model computes."""
+    """Train every case of `tests.trained`: by name a checkpoint, merged models, and the logits of the model."""
     from tests.trained import train_cases
 
     return train_cases(text_data, tmp_path_factory.mktemp("trained"))
@@ -97,7 +98,7 @@ def trained(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 @pytest.fixture(scope="session")
 def sharded(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """Some cases of `tests.trained` by two FSDP2 processes, with sharded checkpoints and merged models."""
+    """Train some cases of `tests.trained` on two FSDP2 processes, with sharded checkpoints and merged models."""
     from tests.distributed import launch
     from tests.trained import train_sharded
 

@@ -1,6 +1,6 @@
-"""Run a test's function on two processes, on CPUs over gloo.
+"""Run a test's function on two CPU processes over gloo.
 
-The two start at the first call and wait for further ones: importing Composer and foundry takes each of them longer than
+The processes start at the first call and stay for later calls, because importing Composer and foundry takes longer than
 most of the functions.
 """
 
@@ -49,7 +49,7 @@ class _Job:
         self._folder = tempfile.TemporaryDirectory()
         self._output = Path(self._folder.name, "output")
         self._processes, self._connections = [], []
-        # What Composer reads; torch.distributed.run would set it too, but imports torch once more.
+        # Composer reads these variables. torch.distributed.run would set them too, but would import torch once more.
         world = {"WORLD_SIZE": f"{PROCESSES}", "LOCAL_WORLD_SIZE": f"{PROCESSES}", "NODE_RANK": "0"}
         cpu = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "FSDP_VERSION": "2"}
         for rank in range(PROCESSES):
@@ -63,7 +63,7 @@ class _Job:
                     stderr=subprocess.STDOUT,
                     pass_fds=[theirs.fileno()],
                 )
-            theirs.close()  # so that reading from ours ends when the process does
+            theirs.close()  # so that reading from our end stops when the process ends
             self._processes.append(process)
             self._connections.append(ours)
 
@@ -91,7 +91,10 @@ def _job() -> _Job:
 
 
 def _mend_gloo() -> None:
-    """Make gloo's reduce-scatter average where FSDP2 asks it to: in torch 2.7 it returns the sum (NCCL averages)."""
+    """Make gloo's reduce-scatter average if FSDP2 asks for an average.
+
+    In torch 2.7 gloo returns the sum; NCCL averages.
+    """
     reduce_scatter = torch.distributed.reduce_scatter_tensor
 
     def averaged(output: torch.Tensor, input: torch.Tensor, **kwargs: Any) -> Any:
@@ -104,7 +107,7 @@ def _mend_gloo() -> None:
 
 
 def _serve(connection: Connection, store: str) -> None:
-    """Call what the process of the tests sends, until that process ends."""
+    """Call each function that the test process sends, until that process ends."""
     rank = dist.get_global_rank()
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES)
     _mend_gloo()

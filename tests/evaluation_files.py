@@ -1,4 +1,4 @@
-"""A small folder of evaluation data, in the files' own formats."""
+"""Write a small folder of evaluation data in the files' own formats."""
 
 import json
 import lzma
@@ -12,7 +12,7 @@ LAMBADA = [
     f"The {word} sat on the mat, and nobody but the {word} sat on the other {word}" for word in ("cat", "dog", "owl")
 ]
 
-# One line of each file, and what the harness must make of it: the end of its prompt, and the right answer.
+# One line of each file, the end of the prompt that the harness makes of it, and the right answer.
 BOOLQ = {"question": "is it so", "passage": "It -- It is so.", "idx": 0, "label": True}
 CB = {"premise": "It is not so.", "hypothesis": "it is so", "label": "contradiction", "idx": 0}
 COPA = {
@@ -77,7 +77,8 @@ ANSWERS = {
     "boolq": ("It -- It is so.\nQuestion: is it so?\nAnswer:", "yes"),
     "cb": ("It is not so.\nQuestion: it is so. True, False, or Neither?\nAnswer:", "False"),
     "copa": ("It fell therefore", " it broke."),
-    # The harness wants "yes" for an answer that the file has as wrong, and "no" for a right one (its versions 1 and 2).
+    # In its versions 1 and 2 the harness expects "yes" for an answer that the file marks as wrong, and "no" for a right
+    # one.
     "multirc": ("It is here.\nQuestion: Where?\nAnswer:", "There\nIs the answer correct? yes"),
     "record": ("Ann met Bob.\n\n  - They met.\n", "  - Bob was met"),
     "rte": ("It is so.\nQuestion: It is not so. True or False?\nAnswer:", "False"),
@@ -90,7 +91,7 @@ ANSWERS = {
 
 
 def write(folder: Path, packed: bool, without: tuple[str, ...] = ()) -> Path:
-    """Write the folder, plain or with .xz, and without some of SuperGLUE's tasks."""
+    """Write the folder, with plain or .xz files, and without some of SuperGLUE's tasks."""
     folder.mkdir()
     texts = {
         "wikitext2_test.raw": WIKITEXT,

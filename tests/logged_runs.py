@@ -1,4 +1,4 @@
-"""Runs for the tests of what reads logs, written by Composer's own TensorBoard logger."""
+"""Log runs with Composer's own TensorBoard logger, for the tests of the code that reads logs."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ MATRICES = ("attn.Wq", "attn.Wk", "attn.Wv", "attn.out_proj", "ffn.up_proj", "ff
 def record(
     log_dir: Path, run: str, steps: Mapping[int, Mapping[str, float]], flush_interval: int = 100
 ) -> dict[str, dict[int, float]]:
-    """Logs metrics at steps in the way of the trainer, and returns metric → step → value."""
+    """Log metrics at steps as the trainer does, and return metric → step → value."""
     state = State(model=nn.Linear(1, 1), rank_zero_seed=0, run_name=run, device=DeviceCPU())
     tensorboard = TensorboardLogger(log_dir=str(log_dir), flush_interval=flush_interval)
     logger = Logger(state, destinations=[tensorboard])
@@ -36,7 +36,7 @@ def record(
 def pretraining(
     gated: bool, blocks: int = 3, steps: int = 12, interval: int = 3, glu: bool = False
 ) -> dict[int, dict[str, float]]:
-    """Metrics of a run: a plain one as under Small init, or a gated one; all values differ from each other."""
+    """Return the metrics of a run, plain as under Small init or gated. All values differ from each other."""
     logged: dict[int, dict[str, float]] = {}
     for step in range(steps):
         loss = 4.0 + 5.0 * math.exp(-step / 4) + 0.01 * math.sin(9 * step)

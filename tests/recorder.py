@@ -1,4 +1,4 @@
-"""The tensors that a piece of code makes, and the values that it reads back to the host."""
+"""Record the tensors that a piece of code makes, and how often the host reads a value."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class Recorder(TorchDispatchMode):
-    """Records each operator under it, forward and backward.
+    """Records each operator that runs under it, forward and backward.
 
     Attributes:
-        largest: Elements of the largest tensor that any operator returned, by dtype.
-        reads: Number of times that the host read a value of a tensor. On CUDA each is a synchronisation.
+        largest: Number of elements of the largest tensor that any operator returned, by dtype.
+        reads: How often the host read a value of a tensor. On CUDA each read is a synchronisation.
     """
 
     def __init__(self):

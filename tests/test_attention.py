@@ -35,7 +35,7 @@ def rope(length: int) -> dict[str, Any]:
 
 
 def results(module: GroupedQueryAttention, x: Tensor, **kwargs: Any) -> list[Tensor]:
-    """Output, gradient of the input and of every parameter."""
+    """Return the output, and the gradients of the input and of every parameter."""
     x = x.clone().requires_grad_()
     output = module(x, **kwargs)[0]
     weights = torch.linspace(-1, 1, output.numel()).view_as(output)
@@ -50,8 +50,8 @@ def results(module: GroupedQueryAttention, x: Tensor, **kwargs: Any) -> list[Ten
 def test_equals_stock(kv_n_heads: int, fused_qkv: bool, precision: str, rotate: bool):
     """Output and every gradient are as close to the stock layer in float64 as the stock layer of the same dtype is.
 
-    The two round at different places and sum in another order: half as much error again is allowed, and in float32,
-    where a sum may come out exact by luck, 1e-6.
+    The two layers round at different places and sum in another order, so half as much error again is allowed. In
+    float32 a sum of the stock layer may be exact by chance, so 1e-6 is allowed in addition.
     """
     stock, ours = (
         attention(cls, kv_n_heads, fused_qkv=fused_qkv, bias=False, attention_bias=False)
@@ -61,7 +61,7 @@ def test_equals_stock(kv_n_heads: int, fused_qkv: bool, precision: str, rotate: 
     x = torch.randn(2, LENGTH, WIDTH)
     kwargs = {"rotary_emb_w_meta_info": rope(LENGTH)} if rotate else {}
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    # All three start from numbers that bfloat16 can hold.
+    # All three layers start from numbers that bfloat16 represents exactly.
     for tensor in (x, *stock.parameters(), *ours.parameters()):
         tensor.data = tensor.data.bfloat16().to(dtype)
     with torch.autocast("cpu", torch.bfloat16) if precision == "autocast" else nullcontext():
@@ -89,14 +89,14 @@ def call(function: Any, length: int = 9, **kwargs: Any) -> tuple[Tensor, Tensor 
     ids=lambda feature: next(iter(feature)),
 )
 def test_what_no_kernel_computes_goes_to_the_stock_function(feature: dict[str, Any]):
-    """Bit for bit; and it is not what plain causal attention gives."""
+    """The result is the stock function's to the bit, and differs from that of plain causal attention."""
     expected = call(scaled_multihead_dot_product_attention, **feature)[0]
     assert torch.equal(call(flash_or_stock_attention, **feature)[0], expected)
     assert not torch.allclose(call(flash_or_stock_attention)[0], expected, atol=1e-2)
 
 
 def test_fewer_queries_than_keys_see_as_in_the_stock_function():
-    """Foundry lets the last query see every key; a kernel would let the first one see only the first."""
+    """In foundry the last query sees every key. In a kernel the first query would see only the first key."""
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, WIDTH), torch.randn(2, 9, WIDTH), torch.randn(2, 9, WIDTH)
     ours, stock = (
@@ -114,7 +114,7 @@ def test_weights_on_request():
 
 
 def test_cache_has_the_stock_layout_and_continues_a_sequence():
-    """The last of 9 tokens, from the cache of 8, equals the last row of a whole call to float32 rounding."""
+    """The last of 9 tokens, from the cache of 8, equals the last row of a call with all 9, to float32 rounding."""
     whole = call(flash_or_stock_attention, length=9, past_key_value=())
     stock = call(scaled_multihead_dot_product_attention, length=9, past_key_value=())
     torch.testing.assert_close(whole[2], stock[2], rtol=0, atol=0)
@@ -127,7 +127,7 @@ def test_cache_has_the_stock_layout_and_continues_a_sequence():
 
 
 def test_dropout_is_that_of_the_stock_function():
-    """On CPU both draw the same mask from the same seed; in evaluation there is none."""
+    """On a CPU both functions draw the same mask from the same seed. In evaluation mode there is no dropout."""
     dropout = {"dropout_p": 0.4, "training": True}
     ours, stock = (call(f, **dropout)[0] for f in (flash_or_stock_attention, scaled_multihead_dot_product_attention))
     torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-6)
@@ -138,7 +138,7 @@ def test_dropout_is_that_of_the_stock_function():
 
 @pytest.mark.parametrize("kv_n_heads", [4, 2, 1])
 def test_never_makes_a_tensor_of_length_squared(kv_n_heads: int):
-    """Forward and backward, with RoPE; the largest tensor is an activation. The stock layer shows what is avoided."""
+    """Forward and backward with RoPE: no tensor is larger than an activation. In the stock layer one is."""
     length = 256
     largest = {}
     for cls in (SDPAttention, GroupedQueryAttention):
@@ -162,7 +162,7 @@ def test_flash_impl_is_refused():
 
 
 def models_of_each_kind(attn_config: dict[str, Any] | None = None, **overrides: Any) -> tuple[Any, Any]:
-    """The same model with our attention, multi-head by default, and with the stock one."""
+    """Build the same model with our attention, multi-head by default, and with the stock one."""
     kinds = ({"attn_type": "sdpa_attention"}, {"attn_type": "grouped_query_attention", "kv_n_heads": 4})
     ours, stock = (
         build("small_init", attn_config=kind | (attn_config or {}), n_layers=3, **overrides) for kind in kinds
@@ -172,13 +172,13 @@ def models_of_each_kind(attn_config: dict[str, Any] | None = None, **overrides: 
 
 
 def assert_same_gradients(ours: Any, stock: Any):
-    """To float32 rounding, through three layers."""
+    """Check that the gradients are equal to float32 rounding, through three layers."""
     for (name, actual), expected in zip(ours.named_parameters(), stock.parameters(), strict=True):
         assert (actual.grad - expected.grad).norm() < 1e-5 * expected.grad.norm(), name
 
 
 def tokens(*lengths: int) -> dict[str, Any]:
-    """A batch as the text loader's own collator makes it, padded to the longest."""
+    """Make a batch with the text loader's own collator, padded to the longest sequence."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), pad_token="<pad>")
     tokenizer.padding_side = "right"
     collate, _ = get_text_collator({"dataset": {}}, tokenizer, len(lengths))
@@ -187,7 +187,10 @@ def tokens(*lengths: int) -> dict[str, Any]:
 
 
 def test_mask_is_dropped_only_where_no_token_is_padding():
-    """By microbatch, as Composer splits the batch; a batch that nobody counted keeps its mask."""
+    """The mask is dropped for each microbatch on its own.
+
+    A batch without the collator's count of tokens keeps its mask.
+    """
     batch = tokens(16, 16, 16, 7)
     assert not batch["attention_mask"].all()
     full, padded = default_split_batch(batch, 2)
@@ -205,13 +208,13 @@ def test_mask_is_dropped_only_where_no_token_is_padding():
     "attn_config", [{}, {"kv_n_heads": 2}, {"alibi": True, "rope": False}], ids=["rope", "grouped", "alibi"]
 )
 def test_model_equals_stock_and_reads_nothing_back(lengths: tuple[int, ...], attn_config: dict[str, Any]):
-    """Logits and every gradient, to float32 rounding; the host reads values only to look at a mask with padding."""
+    """Logits and every gradient are equal to float32 rounding. The host reads a value only if a mask has padding."""
     batch = tokens(*lengths)
     ours, stock = models_of_each_kind(attn_config)
     with Recorder() as recorder:
         outputs = ours(batch)
     assert recorder.reads == (0 if lengths == (16, 16) else 1)
-    # Past the model's forward the mask is what it was: the stock one still sees it.
+    # The model's forward has not changed the batch: the stock forward still sees its mask.
     reference = super(type(stock), stock).forward(batch)
     torch.testing.assert_close(outputs.logits, reference.logits, rtol=1e-5, atol=1e-5)
     ours.loss(outputs, batch).backward()
@@ -220,7 +223,7 @@ def test_model_equals_stock_and_reads_nothing_back(lengths: tuple[int, ...], att
 
 
 def test_block_overrides_with_reused_keys_and_a_window():
-    """Every gradient, with a layer that reuses the keys of the one before, and one with a sliding window."""
+    """Every gradient is equal if one layer reuses the keys of the layer before it and another has a sliding window."""
     overrides = {
         "order": [{"name": "default"}, {"name": "reuse"}, {"name": "window"}],
         "overrides": {
@@ -237,7 +240,7 @@ def test_block_overrides_with_reused_keys_and_a_window():
 
 
 def test_generation_with_a_cache_and_left_padding():
-    """Greedy continuation of prompts of unequal length, against the stock model without a cache."""
+    """Prompts of unequal length are continued greedily as the stock model continues them without a cache."""
     ours, stock = models_of_each_kind()
     prompt = torch.randint(1, 97, (2, 6), generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])

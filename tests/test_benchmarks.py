@@ -1,4 +1,4 @@
-"""The benchmarks run on a CPU, tiny: rows are whole and say what they should. No timing is tested."""
+"""Run the benchmarks on a CPU at a tiny size: their rows are complete and correct. No timing is tested."""
 
 import csv
 import functools
@@ -21,7 +21,7 @@ UNMEASURED_ON_CPU = {"GiB at peak", "host synchronisations in a step"}
 
 
 def measure(path: Path, suite: str, **options: Any) -> list[dict[str, str]]:
-    """The rows of one suite, each checked to be whole."""
+    """Run one suite and return its rows, after a check that each of them is complete."""
     run.main(suite=suite, out=path / "rows.csv", seconds=0.02, commit="abc", **{"modes": "eager"} | options)
     with (path / "rows.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -40,7 +40,7 @@ def measure(path: Path, suite: str, **options: Any) -> list[dict[str, str]]:
 
 
 def as_dict(value: Any) -> dict[str, Any]:
-    """A section of a config, or a value as one."""
+    """Return a section of a config as it is, and any other value as a dict with one entry."""
     return value if isinstance(value, dict) and value else {"": value}
 
 
@@ -49,7 +49,7 @@ def medians(rows: list[dict[str, str]], unit: str) -> dict[str, float]:
 
 
 def test_step_compares_all_methods_with_the_plain_one_eager_and_compiled(tmp_path, monkeypatch):
-    """Compiled by dynamo alone, since inductor takes a minute; no module breaks the graph."""
+    """No module breaks the graph. Only dynamo compiles here, because inductor takes a minute."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     rows = measure(tmp_path, "step", modes="eager,compiled")
     for compiled in ("False", "True"):
@@ -61,7 +61,10 @@ def test_step_compares_all_methods_with_the_plain_one_eager_and_compiled(tmp_pat
 
 
 def test_trainer_goes_from_foundrys_configuration_to_the_yamls_one_key_at_a_time(tmp_path):
-    """Counted over model, optimizer, callbacks and the rest; the first step is another model class and its keys."""
+    """Each variant changes the given keys of the one before.
+
+    The first is left out: it has another model class and its keys.
+    """
     plain, wesar = (sizes.load("130m", method) for method in ("small_init", "wesar"))
     for config in (plain, wesar):
         for key in ("compile_config", "callbacks", "run_name", "save_folder"):
@@ -83,9 +86,9 @@ def test_trainer_goes_from_foundrys_configuration_to_the_yamls_one_key_at_a_time
 
 
 def test_trainer_computes_mfu_from_tokens_a_second(tmp_path, monkeypatch):
-    """N, L, d and T of the tiny model by hand; percentiles of a rate and its MFU belong to the same batch.
+    """The MFU follows from the rate, with N, L, d and T of the tiny model computed by hand.
 
-    Of two variants and one that fails, in a process each: that takes the time.
+    The suite runs two variants and one that fails. The test is slow because each has a process of its own.
     """
     all_variants = trainer.variants
 
@@ -107,7 +110,7 @@ def test_trainer_computes_mfu_from_tokens_a_second(tmp_path, monkeypatch):
         flops = 6 * parameters + attention * layers * d * length
         expected = {variant: rate * flops / 989e12 for variant, rate in rates.items()}
         assert medians(rows, unit) == pytest.approx(expected, rel=1e-6)  # the CSV has eight digits
-    # Of medians: the runs follow each other, so their batches are no pairs, also where there are as many.
+    # The ratio is that of the medians: the runs follow each other, so their batches are not pairs.
     for row in rows:
         if row["unit"] == "tokens/s":
             assert float(row["ratio"]) == pytest.approx(rates[row["variant"]] / rates["stock"], rel=1e-6)
@@ -115,7 +118,10 @@ def test_trainer_computes_mfu_from_tokens_a_second(tmp_path, monkeypatch):
 
 
 def test_monitor_alternates_within_one_run_of_each_optimizer(tmp_path, monkeypatch):
-    """Each monitor has as many steps; the share of a 1M-token step is worked out here from the readings themselves."""
+    """All monitors have the same number of steps.
+
+    The test computes the share of a 1M-token step from the readings itself.
+    """
     readings = {}
 
     class Keeping(Recorder):
@@ -130,7 +136,7 @@ def test_monitor_alternates_within_one_run_of_each_optimizer(tmp_path, monkeypat
         assert times.keys() == MONITORS.keys()
         assert len({row["n"] for row in times.values()}) == 1
         none, due, idle = (readings[name, variant, "ms"] for variant in (NONE, DUE, IDLE))
-        one_million = 2**20 / 64 * float(times[NONE]["median"])  # a step here has 4 sequences of 16 tokens
+        one_million = 2**20 / 64 * float(times[NONE]["median"])  # a step of this test has 4 sequences of 16 tokens
         shares = {
             "update_ratio_monitor, every step": 100 * (due - none) / one_million,
             "update_ratio_monitor, every 10th": 100 * (0.1 * due + 0.9 * idle - none) / one_million,
@@ -153,7 +159,7 @@ def test_optimizer_has_a_row_for_every_form(tmp_path):
 
 
 def test_data_counts_tokens_and_bytes_of_one_text(tmp_path, monkeypatch):
-    """A token of this tokenizer has a few bytes, and 30B of them take as long as their rate says."""
+    """A token of this tokenizer has 1 to 8 bytes, and the time for 30B tokens follows from the rate."""
     monkeypatch.setattr(data, "_BYTES", 300_000)
     rates = {row["unit"]: float(row["median"]) for row in measure(tmp_path, "data")}
     assert 1 < rates["bytes/s a core"] / rates["tokens/s a core"] < 8
@@ -161,7 +167,7 @@ def test_data_counts_tokens_and_bytes_of_one_text(tmp_path, monkeypatch):
 
 
 def test_what_fails_leaves_a_row_and_the_next_one_runs(tmp_path, monkeypatch):
-    """A method whose model cannot be built, a suite that runs out of memory, and what is expected to end too late."""
+    """Three failures: a model that cannot be built, a suite without enough memory, and one that would end too late."""
 
     def load(size, method):
         config = sizes.load(size, method)
@@ -193,7 +199,10 @@ def test_a_gpu_that_is_not_there_is_refused_at_once(tmp_path):
 
 
 def test_gate_measures_the_error_of_each_form_and_of_a_rounded_gate(tmp_path):
-    """Products in bfloat16 (8 bits) err by some 2e-3, in float32 by some 1e-7; α = 1/σ = 158.11 is rounded to 158."""
+    """Products in bfloat16 (8 bits) have errors of about 2e-3, in float32 of about 1e-7.
+
+    α = 1/σ = 158.11 is rounded to 158.
+    """
     rows = measure(tmp_path, "gate")
     for dtype, low, high in (("amp_bf16", 1e-4, 2e-2), ("fp32", 1e-9, 1e-6)):
         errors = [float(row["median"]) for row in rows if "error of" in row["unit"] and row["dtype"] == dtype]
@@ -204,7 +213,7 @@ def test_gate_measures_the_error_of_each_form_and_of_a_rounded_gate(tmp_path):
 
 
 def test_precision_pairs_trainings_that_differ_in_the_gates_dtype_alone(tmp_path, monkeypatch):
-    """Of the same seed and data, so the losses are equal but for the rounding of 14 gates, by 2⁻⁹ each at most."""
+    """Seed and data are the same, so the losses differ only by the rounding of 14 gates, by at most 2⁻⁹ each."""
     monkeypatch.setattr(precision, "_STEPS", 10)
     rows = measure(tmp_path, "precision")
     losses = {row["variant"]: row for row in rows if row["unit"] == "held-out loss"}
@@ -217,13 +226,13 @@ def test_precision_pairs_trainings_that_differ_in_the_gates_dtype_alone(tmp_path
 
 
 def test_a_drift_that_meets_both_variants_leaves_the_ratio_alone():
-    """The clock slows down sevenfold, one variant takes 1% longer throughout: exactly 1.01 in the end."""
+    """The clock becomes seven times slower, and one variant always takes 1% longer: the ratio is exactly 1.01."""
     plain = [1.0 + i for i in range(7)]
     assert ratio([1.01 * x for x in plain], plain) == pytest.approx([1.01] * 3, rel=1e-12)
 
 
 def test_the_interval_is_the_narrowest_that_covers_the_median_with_95_percent():
-    """Ranks of the sorted ratios 1 to n, and how often the true median lies outside: exactly, from the binomial."""
+    """The sorted ratios are their ranks, 1 to n. The binomial gives exactly how often the true median lies outside."""
 
     def coverage(n, low):
         return 1 - 2 * binom.cdf(low - 1, n, 0.5)

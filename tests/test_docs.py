@@ -1,4 +1,4 @@
-"""What README and docs say of the repository is there: links and anchors, names in tables, ratios with an interval."""
+"""README and docs agree with the repository: links and anchors, names in tables, and ratios with an interval."""
 
 import csv
 import re
@@ -13,20 +13,20 @@ from llmfoundry_wesar.methods import names
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "benchmarks/README.md", ROOT / "results/README.md"]
-# [text](target), images included; a target of another site is not looked up.
+# [text](target), for images too. Targets on other sites are not checked.
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def prose(page: Path) -> str:
-    """The text of a page without its code blocks, in which neither `#` nor brackets are Markdown."""
+    """Return the text of a page without its code blocks, because `#` and brackets in them are not Markdown."""
     return re.sub(r"^```[\s\S]*?^```$|^ {4}.*$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors that GitHub gives the headings of a text.
+    """Return the anchors that GitHub gives the headings of a text.
 
-    Markup goes, letters become small, everything but word characters, spaces and hyphens goes, and a space becomes a
-    hyphen. A heading that comes again gets -1, -2, …
+    GitHub removes the markup, writes letters in lower case, drops everything but word characters, spaces and hyphens,
+    and turns a space into a hyphen. A repeated heading gets -1, -2 and so on.
     """
     found: set[str] = set()
     for heading in re.findall(r"^#{1,6} +(.*?)(?: +#+)? *$", text, re.MULTILINE):
@@ -38,7 +38,7 @@ def anchors(text: str) -> set[str]:
 
 
 def broken_links(page: Path) -> list[str]:
-    """The links of a page into this repository that lead to no file or no anchor."""
+    """Return the links of a page into this repository that lead to no file or no anchor."""
     broken = []
     for target in LINK.findall(prose(page)):
         if re.match(r"[a-z]+:", target):
@@ -51,7 +51,7 @@ def broken_links(page: Path) -> list[str]:
 
 
 def first_cells(page: str, heading: str) -> list[str]:
-    """The names in backticks in the first cells of the tables below a heading; of `data OUT`, the first word."""
+    """Return the names in backticks in the first cells of the tables below a heading; of `data OUT` the first word."""
     text = f"\n{(ROOT / page).read_text(encoding='utf-8')}"
     section = text.partition(f"\n{heading}\n")[2].partition("\n## ")[0]
     cells = re.findall(r"^\| *((?:`[^`]*`,? *)+)\|", section.replace(r"\|", ""), re.MULTILINE)
@@ -64,7 +64,10 @@ def test_links_lead_to_files_and_anchors(page):
 
 
 def test_a_broken_link_is_found(tmp_path):
-    """What the test above would miss, if `broken_links` found nothing: each kind, and that code blocks are left out."""
+    """`broken_links` finds each kind of broken link and ignores code blocks.
+
+    Otherwise the test above would prove nothing.
+    """
     (tmp_path / "b.md").write_text("# It's `a_b` (c)\n\n## Twice\n\n## Twice\n\n```\n# Code\n```\n")
     good = "[x](b.md) ![y](b.md#its-a_b-c) [z](b.md#twice-1) [w](https://example.com/#no) [v](#here)"
     bad = ["no.md", "b.md#code", "b.md#twice-2", "b.md#its-ab-c", "#there"]
@@ -74,7 +77,7 @@ def test_a_broken_link_is_found(tmp_path):
 
 
 def test_the_readme_is_read_once():
-    """130 lines are what its readers are asked for; details have their page in docs/."""
+    """README.md has at most 130 lines. Details belong in docs/."""
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
 
 
@@ -89,7 +92,7 @@ def test_the_tables_of_tools_have_each_command_once(page, heading):
 
 
 def test_ratios_with_an_interval_were_measured():
-    """A ratio and its interval, as printed, are a row of results/benchmarks.csv rounded to as many digits."""
+    """A ratio that is printed with its interval is a row of results/benchmarks.csv, rounded to as many digits."""
     with (ROOT / "results/benchmarks.csv").open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["ratio_low"]]
     measured = {tuple(f"{float(row[key]):.3f}" for key in ("ratio", "ratio_low", "ratio_high")) for row in rows}

@@ -38,7 +38,10 @@ def scored(exported, data) -> Evaluation:
 
 
 def test_the_perplexity_per_token_is_its_definition(trained):
-    """One prediction at a time, in windows of 64 that begin without context; float32 sums of a thousand terms: 1e-5."""
+    """The reference predicts one token at a time, in windows of 64 tokens that begin without context.
+
+    1e-5, because the losses are float32 sums of a thousand terms.
+    """
     model, tokenizer = load(trained["wesar"].folder)
     documents = [TEXT[:1000], TEXT[1000:1900]]
     ids = [token for text in documents for token in (*tokenizer(text).input_ids, tokenizer.eos_token_id)]
@@ -54,7 +57,7 @@ def test_the_perplexity_per_token_is_its_definition(trained):
 
 
 def test_the_harness_scores_the_model_that_was_given(scored, exported):
-    """LAMBADA's last words, computed here from the logits."""
+    """The scores of LAMBADA's last words agree with those computed here from the logits."""
     model, tokenizer = load(exported)
     log_probabilities, hits = [], []
     for text in LAMBADA:
@@ -83,14 +86,17 @@ def test_all_columns_of_the_tables_are_printed(scored):
 
 
 def test_a_checkpoint_scores_what_its_export_does(scored, trained, data):
-    """The gated model and the merged one; 1e-4 on a perplexity is 1e-5 on the logits at most."""
+    """The gated model and the merged one have the same scores.
+
+    Their logits differ by at most 1e-5, perplexities by 1e-4.
+    """
     gated = evaluate(trained["wesar"].folder, data=data)
     for task, scores in scored.scores.items():
         assert gated.scores[task] == pytest.approx(scores, rel=1e-4), task
 
 
 def test_low_precision_is_that_of_the_exported_weights(trained, tmp_path):
-    """To the bit; what is no weight, RoPE's frequencies, stays as it was, as transformers keeps it."""
+    """The rounded weights are the exported ones to the bit. RoPE's frequencies are not rounded, as in transformers."""
     export(trained["wesar"].folder, tmp_path / "mpt", format="mpt", dtype="bfloat16")
     written = torch.load(tmp_path / "mpt" / "checkpoint.pt")["state"]["model"]
     model, _ = load(trained["wesar"].folder)
@@ -102,9 +108,11 @@ def test_low_precision_is_that_of_the_exported_weights(trained, tmp_path):
 
 
 def test_a_model_without_a_plain_form_is_scored_too(trained, data):
-    """Table 6 has rows with Post-LN. Per token as from the logits, also with an EOS behind each article.
+    """The model has Post-LN, as in some rows of Table 6.
 
-    In bfloat16, whose 8 bits of each weight are 0.4% off at most, within 5% of a perplexity.
+    Its score per token is that of the logits, with an EOS per article.
+
+    Rounding to bfloat16 changes each weight by at most 0.4%, and the perplexity by less than 5%.
     """
     folder = trained["sigma_reparam_post_ln"].folder
     pages = [row["page"] for row in rows(data, "wikitext")["test"]]
@@ -118,7 +126,7 @@ def test_a_model_without_a_plain_form_is_scored_too(trained, data):
 
 
 def test_totals_are_those_of_the_papers_table():
-    """The row WeSaR of Table 8: only a mean over all examples gives its totals, 57.73, 76.68 and 77.16."""
+    """Row WeSaR of Table 8: only a mean over all examples gives its totals 57.73, 76.68 and 77.16."""
     accuracies = {"boolq": 61.62, "copa": 76.00, "multirc": 56.81, "rte": 50.54, "wic": 48.75, "wsc": 44.23}
     scores = {task: {"ACC": value} for task, value in accuracies.items()}
     scores |= {"cb": {"ACC": 41.07, "F1": 38.54}, "record": {"EM": 76.68, "F1": 77.37}}
@@ -134,7 +142,7 @@ def test_totals_are_those_of_the_papers_table():
     }
     evaluation = Evaluation("", 2048, scores, examples, {})
     totals = [evaluation.total(metric) for metric in ("ACC", "EM", "F1")]
-    assert totals == pytest.approx([57.73, 76.68, 77.16], abs=0.01)  # of values given to 0.01
+    assert totals == pytest.approx([57.73, 76.68, 77.16], abs=0.01)  # the table gives its values to 0.01
 
 
 def test_a_missing_task_is_said_and_not_averaged_away(exported, tmp_path):
@@ -177,7 +185,7 @@ def test_what_cannot_be_scored_is_one_line(options, words, exported, tmp_path):
     assert words in line
 
 
-# The paper's 130M YAML, for two CPU cores: a model of two blocks, d = 32.
+# Make the paper's 130M YAML small enough for two CPU cores: two blocks, d = 32.
 SHRUNK = [f"max_seq_len={LENGTH}", "max_duration=4ba", "global_train_batch_size=8", "device_train_microbatch_size=4"]
 SHRUNK += ["device_eval_batch_size=4", "precision=fp32", "model.init_device=cpu", f"model.vocab_size={VOCABULARY}"]
 SHRUNK += ["model.d_model=32", "model.n_layers=2", "model.n_heads=2", "scheduler.t_warmup=2ba", "optimizer.lr=2e-2"]
@@ -186,10 +194,11 @@ SHRUNK += ["compile_config=null"]  # code generation for a CPU takes a minute
 
 
 def test_the_papers_yaml_logs_the_perplexities_that_evaluate_gives(tmp_path):
-    """Of three labelled loaders, the first of which is compare's held-out loss.
+    """The YAML has three labelled loaders. The first one gives the held-out loss of `compare`.
 
-    They measure the same per token: the same documents with an EOS after each, in the same windows. But a loader has
-    no last window that is shorter, so the texts here fill whole ones; 1e-5 is for sums of float32 in another order.
+    Loader and `evaluate` measure the same per token: the same documents, each followed by an EOS, in the same windows.
+    But a loader drops a shorter last window, so the texts here fill whole windows. 1e-5 allows for float32 sums in
+    another order.
     """
     source = tmp_path / "text.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXT.split("\n\n")))
@@ -198,7 +207,7 @@ def test_the_papers_yaml_logs_the_perplexities_that_evaluate_gives(tmp_path):
     folder = write(tmp_path / "files", packed=False)
     variables = [f"variables.data={tmp_path / 'data'}"]
     for task, name, key in (("wikitext", "wikitext2_test.raw", "page"), ("lambada", "lambada_test.jsonl", "text")):
-        # A token more for each x behind a word, until the last window is whole.
+        # Add an x to a word, which adds one token, until the last window is full.
         while sum(len(tokenizer(row[key]).input_ids) + 1 for row in rows(folder, TASKS[task].name)["test"]) % LENGTH:
             (folder / name).write_text(re.sub("(mat|well)", r"\1x", (folder / name).read_text(), count=1))
         command = ["data", str(tmp_path / task), "--source", str(folder / name), "--tokenizer"]

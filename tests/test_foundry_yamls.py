@@ -1,8 +1,8 @@
-"""Foundry's own configs, with two lines added, train under WeSaR: `optimizer.name` and `optimizer.sigma`.
+"""Foundry's own configs train under WeSaR with two more lines: `optimizer.name` and `optimizer.sigma`.
 
-The texts are scripts/train/yamls/pretrain/{mpt-125m,hf-llama-3.1-8B}.yaml of llm-foundry in short. Besides sizes, data
-and `attn_impl`, a CPU needs another precision, init device and `loss_fn`. The Llama's `torch_dtype: bfloat16` is left
-out, since it leaves no float32 weights.
+The texts are shortened copies of scripts/train/yamls/pretrain/{mpt-125m,hf-llama-3.1-8B}.yaml of llm-foundry. A CPU
+needs another precision, init device and `loss_fn`, and smaller sizes. `torch_dtype: bfloat16` of the Llama is left out,
+because with it no weight is in float32.
 """
 
 from pathlib import Path
@@ -81,7 +81,7 @@ TWO_LINES = ["optimizer.name=wesar_adamw", "optimizer.sigma=0.0063245553"]
 
 @pytest.mark.parametrize("name", MODELS)
 def test_two_lines_train_it_under_wesar(name, dataset, tmp_path):
-    """Fused q, k, v, tied embeddings and learned positions of an MPT; a Llama. Every matrix gets a gate."""
+    """Every matrix gets a gate: an MPT's fused q, k, v, tied embeddings and learned positions, and a Llama's."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=97).save_pretrained(tmp_path)
     data = [f"variables.data_local={dataset}", f"tokenizer.name={Path(dataset) / 'tokenizer'}"]

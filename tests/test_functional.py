@@ -8,7 +8,7 @@ from torch._inductor.decomposition import select_decomp_table
 
 from llmfoundry_wesar import functional
 
-# The default compiler but for its code generation, which takes a minute.
+# The default compiler without its code generation, which takes a minute.
 PARTITIONED = aot_autograd(
     fw_compiler=lambda graph, _: graph.forward,
     bw_compiler=lambda graph, _: graph.forward,
@@ -21,7 +21,7 @@ GATES = {"scalar": (1,), "row": (7, 1), "column": (5,)}
 
 @pytest.fixture(params=["autograd", "own backward"])
 def form(request, monkeypatch):
-    """Both forms of `gated_linear`, on matrices small enough for a test."""
+    """Choose one of the two forms of `gated_linear`; both are tested on small matrices."""
     monkeypatch.setattr(functional, "_SMALL", 2**16 if request.param == "autograd" else 0)
     return request.param
 
@@ -45,7 +45,7 @@ def plain(x, weight, gate, bias=None):
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
 @pytest.mark.parametrize("gate_shape", GATES)
 def test_gated_linear_equals_autograd_through_the_product(gate_shape, batch, form):
-    """Value and all four gradients in float64, where only the order of sums differs."""
+    """The value and all four gradients are equal in float64, where only the order of sums differs."""
     tensors = inputs(gate_shape, batch=batch)
     for ours, theirs in zip(gradients(functional.gated_linear, tensors), gradients(plain, tensors), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
@@ -57,7 +57,10 @@ def test_gated_linear_passes_gradcheck(gate_shape, form):
 
 
 def test_gated_linear_has_no_wrong_second_derivative(form):
-    """Autograd's form has the right one. The other one reuses memory that it would need, and says so."""
+    """Autograd's form has the right second derivative.
+
+    The other form overwrites memory it would need, so autograd raises.
+    """
     tensors = inputs("scalar")
     if form == "autograd":
         assert torch.autograd.gradgradcheck(functional.gated_linear, tensors)
@@ -70,7 +73,7 @@ def test_gated_linear_has_no_wrong_second_derivative(form):
 
 @pytest.mark.parametrize("frozen", [0, 1, 2, 3])
 def test_gated_linear_skips_what_needs_no_gradient(frozen, form):
-    """The gradients that are left do not depend on which one is not."""
+    """The other gradients do not depend on which input needs none."""
     tensors = inputs("scalar")
     expected = [gradient for i, gradient in enumerate(gradients(plain, tensors)[1:]) if i != frozen]
     tensors[frozen].requires_grad_(False)
@@ -82,7 +85,7 @@ def test_gated_linear_skips_what_needs_no_gradient(frozen, form):
 
 
 def test_gated_linear_used_twice_adds_up_its_gradients(form):
-    """One matrix and gate in two products, as with shared layers or recomputed activations."""
+    """One matrix and gate are used in two products, as with shared layers or recomputed activations."""
     tensors = inputs("scalar")
 
     def twice(product):
@@ -93,8 +96,8 @@ def test_gated_linear_used_twice_adds_up_its_gradients(form):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-# Dtypes of x, W (b has it too) and α, and whether autocast to bfloat16 is on: eager float32, the trainer's amp_bf16,
-# FSDP's mixed precision with every parameter in bfloat16, and the same with the gates left in float32.
+# Dtypes of x, of W and b, and of α, and whether autocast to bfloat16 is on. In this order: eager float32, the trainer's
+# amp_bf16, FSDP's mixed precision with every parameter in bfloat16, and the same with the gates in float32.
 PRECISIONS = {
     "float32": ((torch.float32, torch.float32, torch.float32), False),
     "autocast": ((torch.float32, torch.float32, torch.float32), True),
@@ -108,9 +111,9 @@ PRECISIONS = {
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_gated_linear_is_as_exact_as_the_plain_product(precision, compiled, form):
-    """Value and gradients against float64: no worse than autograd's by more than a quarter, which is chance.
+    """Against float64, the errors of value and gradients are at most a quarter larger than autograd's, by chance.
 
-    The gate's gradient is one number, whose error is a matter of luck: it may reach half a unit in its last place.
+    The gate's gradient is one number, so its error depends on chance: half a unit in its last place is allowed.
     """
     dtypes, autocast = PRECISIONS[precision]
     generator = torch.Generator().manual_seed(0)
@@ -138,7 +141,7 @@ def test_gated_linear_is_as_exact_as_the_plain_product(precision, compiled, form
 
 
 def test_the_gates_gradient_of_a_large_matrix_is_a_sum_of_float32_exactness():
-    """2²¹ terms: added one after the other they would be off by 1e-5, in blocks by a few units of 6e-8."""
+    """The sum has 2²¹ terms. Added one after the other the error would be 1e-5, added in blocks a few units of 6e-8."""
     generator = torch.Generator().manual_seed(0)
     x, weight, gate = (torch.randn(s, generator=generator) for s in [(2, 2048), (1024, 2048), (1,)])
     found = gradients(functional.gated_linear, [t.clone().requires_grad_() for t in (x, weight, gate)])[-1]
@@ -147,7 +150,7 @@ def test_the_gates_gradient_of_a_large_matrix_is_a_sum_of_float32_exactness():
 
 
 def test_gated_linear_keeps_no_virtual_weight_for_the_backward_pass():
-    """Nothing but what it was given, of a matrix that is not small."""
+    """For a matrix that is not small, autograd saves only the inputs."""
     tensors = [torch.randn(s, requires_grad=True) for s in [(2, 256), (257, 256), (1,)]]
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
@@ -157,9 +160,9 @@ def test_gated_linear_keeps_no_virtual_weight_for_the_backward_pass():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiled_gated_linear_keeps_no_virtual_weight_either(autocast):
-    """Between the passes, with the partitioner and the decompositions of the default compiler: x, W, α.
+    """With the default compiler's partitioner and decompositions, only x, W and α are kept between the passes.
 
-    The plain product is the contrast: the partitioner never recomputes what a product of the backward pass reads.
+    The plain product keeps αW: the partitioner never recomputes what a product of the backward pass reads.
     """
     kept = {}
     for name, product in {"ours": functional.gated_linear, "plain": plain}.items():
@@ -177,7 +180,7 @@ def test_compiled_gated_linear_keeps_no_virtual_weight_either(autocast):
 
 
 def test_weight_norm_equals_torch():
-    """Value and gradients of torch.nn.utils.parametrizations.weight_norm, which uses the same formula."""
+    """Value and gradients equal those of torch.nn.utils.parametrizations.weight_norm, which has the same formula."""
     torch.manual_seed(0)
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(5, 7, bias=False).double())
     parameters = layer.parametrizations.weight
@@ -209,7 +212,7 @@ def test_power_iteration_finds_the_first_singular_vectors():
 
 @pytest.mark.parametrize("differentiable", [False, True])
 def test_sigma_reparam_gradient_is_the_one_that_is_asked_for(differentiable):
-    """The paper (appendix C.2) holds ‖W‖₂ constant; Zhai et al.'s code differentiates it, ∂σ/∂W = uvᵀ."""
+    """The paper (appendix C.2) treats ‖W‖₂ as a constant. The code of Zhai et al. differentiates it: ∂σ/∂W = uvᵀ."""
     torch.manual_seed(0)
     weight = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
     gate = torch.tensor([1.7], dtype=torch.float64, requires_grad=True)
@@ -226,7 +229,7 @@ def test_sigma_reparam_gradient_is_the_one_that_is_asked_for(differentiable):
 
 
 def test_sigma_reparam_of_a_bfloat16_weight_is_rounded_once():
-    """To the bit, under FSDP's mixed precision: a quotient in bfloat16 would be off by up to 2⁻⁹ for every entry."""
+    """To the bit, under FSDP's mixed precision. If α/‖W‖₂ were in bfloat16, every entry could be wrong by up to 2⁻⁹."""
     weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     gate = torch.tensor([1.375], dtype=torch.bfloat16)
     vectors = functional.power_iteration(weight, torch.full((64,), 64**-0.5), torch.full((32,), 32**-0.5))
@@ -237,7 +240,7 @@ def test_sigma_reparam_of_a_bfloat16_weight_is_rounded_once():
 
 
 def test_sigma_reparam_computes_the_norm_in_float32_under_autocast():
-    """To the bit: rounded to bfloat16 the norm would stand still for steps, and then jump by 0.4%."""
+    """To the bit. In bfloat16 the norm would not change for several steps, and then jump by 0.4%."""
     weight, gate = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)), torch.ones(1)
     vectors = torch.full((64,), 64**-0.5), torch.full((32,), 32**-0.5)
     expected = functional.power_iteration(weight, *vectors)

@@ -1,6 +1,6 @@
-"""Hugging Face decoders from scratch: every matrix starts by its role, in every family whose names are known.
+"""Hugging Face decoders from scratch: in every supported family each matrix starts by its role.
 
-No network: each model is built from its config class.
+The tests need no network: each model is built from its config class.
 """
 
 import math
@@ -30,13 +30,13 @@ GQA = {**SIZES, "num_key_value_heads": 2, "tie_word_embeddings": False}
 COMMON = {"embed_tokens": 1.0, "lm_head": IN}
 ATTENTION = {**COMMON, "q_proj": IN, "k_proj": IN, "v_proj": IN, "o_proj": OUT}
 LLAMA = {**ATTENTION, "gate_proj": IN, "up_proj": IN, "down_proj": DOWN}
-# Gemma ties W_e to W_p, which then starts as W_p does elsewhere.
+# Gemma ties W_e to W_p. The tied matrix starts as W_p does in other models.
 GEMMA = {**LLAMA, "embed_tokens": IN, "lm_head": IN}
 MOE = {"moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2}
 NEOX = {"query_key_value": IN, "dense": OUT, "dense_h_to_4h": IN, "dense_4h_to_h": DOWN}
 GPT2 = {"n_embd": d, "n_layer": N, "n_head": 4, "n_inner": FF, "vocab_size": 128, "n_positions": 32}
 
-# Config class → its arguments, and the standard deviation of each matrix of He, by the end of its module's path.
+# Config class → its arguments, and He's standard deviation of each matrix by the last name in its module's path.
 FAMILIES = {
     "Llama": (GQA, LLAMA),
     "Mistral": (GQA, LLAMA),
@@ -76,7 +76,7 @@ TIED = ("Gemma", "Gemma2", "Gemma3Text", "GPT2")
 
 
 def saved(folder: Path, family: str, **changes) -> str:
-    """A folder with a `config.json` of a tiny model."""
+    """Write a `config.json` of a tiny model into a folder and return the folder."""
     config = getattr(transformers, f"{family}Config")(**{**FAMILIES[family][0], **changes})
     config.save_pretrained(folder)
     return str(folder)
@@ -89,7 +89,7 @@ def build(path: str, init_config: dict | None = None, **keys) -> ComposerWeSaRHF
 
 
 def assert_starts(model: nn.Module, expected: dict[str, float], norm: float) -> None:
-    """Every matrix has its standard deviation, all names occur, norms are `norm`, biases are 0."""
+    """Check that every matrix has its standard deviation, all names occur, norms are `norm`, and biases are 0."""
     found = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         path, _, kind = name.rpartition(".")
@@ -104,10 +104,10 @@ def assert_starts(model: nn.Module, expected: dict[str, float], norm: float) -> 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_matrix_starts_by_its_role(family, tmp_path):
-    """As built, and after all was filled with NaN and initialised again, as on the meta device.
+    """Once as built, and once initialised again after all tensors were filled with NaN, as on the meta device.
 
-    The formulas of this file know the widths and nothing of our functions. Composer calls `param_init_fn` for modules
-    with parameters of their own, parents first.
+    The formulas of this file use the widths and none of our functions. Composer calls `param_init_fn` for modules with
+    parameters of their own, parents first.
     """
     expected = FAMILIES[family][1]
     init = HE if family not in TIED else {"name": "he_init_"}
@@ -124,7 +124,7 @@ def test_every_matrix_starts_by_its_role(family, tmp_path):
 
 
 def test_small_init(tmp_path):
-    """√(2/5d) everywhere, ÷ √2N on residual outputs, whatever the fan-in; W_e too unless it is set."""
+    """σ = √(2/5d) everywhere, divided by √2N for residual outputs, for any fan-in. W_e has it too unless it is set."""
     std = math.sqrt(2 / (5 * d))
     expected = {name: std / 2 if name in ("o_proj", "down_proj") else std for name in LLAMA}
     assert_starts(build(saved(tmp_path, "Llama"), {"name": "small_init_"}).model, expected, 1.0)
@@ -192,7 +192,7 @@ def test_a_wrong_section_is_refused_by_key(changes, message, tmp_path):
 
 
 def test_z_loss_is_that_of_our_cross_entropy(tmp_path):
-    """Value and gradient, with masked tokens. Both are float32 sums of 45 terms in another order."""
+    """Value and gradient, with masked tokens. Both are float32 sums of 45 terms in different orders."""
     model = build(saved(tmp_path, "Llama"), HE, z_loss=0.1)
     ids = torch.randint(0, 128, (3, 16), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "labels": ids.masked_fill(ids < 16, -100)}
@@ -238,9 +238,9 @@ INIT = "model.init_config={name: he_init_, emb_init_std: 1.0}"
 
 @pytest.mark.parametrize("overrides", [[], ["variables.method=null", INIT, "callbacks.gate_monitor=null"]])
 def test_foundry_trains_the_llama_of_the_yaml(overrides, dataset, monkeypatch):
-    """Two steps of yamls/llama-160m.yaml, made tiny, by foundry's own function; every matrix moves.
+    """Foundry's own function trains yamls/llama-160m.yaml, made tiny, for two steps, and every matrix moves.
 
-    With the gates in the optimizer, and with the setting's AdamW.
+    Once with the gates in the optimizer and once with the setting's AdamW.
     """
     monkeypatch.chdir(REPOSITORY)
     trainer = train_from_yaml("yamls/llama-160m.yaml", [*LLAMA_YAML, f"variables.data={dataset}", *overrides])

@@ -13,7 +13,7 @@ from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM
 from llmfoundry_wesar.roles import ROLES
 from tests.tiny import PAPER_SIGMA, build, model_config, within_sampling_error
 
-# Table 1, as the paper prints it: standard deviation by role, with d and N.
+# Table 1 as the paper prints it: role → standard deviation as a function of d and N.
 TABLE_1 = {
     "he": {
         "W_q": lambda d, N: math.sqrt(1 / d),
@@ -44,7 +44,7 @@ def matrices(model):
 @pytest.mark.parametrize(("d", "N"), SIZES)
 @pytest.mark.parametrize("backbone", TABLE_1)
 def test_table_1_wesar(backbone, d, N):
-    """Every actual weight has the one σ, every gate is σ_•/σ to fp32, so virtual weights have Table 1's σ_•."""
+    """Every actual weight has the one σ and every gate is σ_•/σ in float32, so virtual weights have Table 1's σ_•."""
     model = build("wesar", d_model=d, n_layers=N, init_config={"backbone": backbone})
     found = matrices(model)
     assert len(found) == 6 * N + 2
@@ -59,7 +59,7 @@ def test_table_1_wesar(backbone, d, N):
 @pytest.mark.parametrize(("d", "N"), SIZES)
 @pytest.mark.parametrize(("method", "backbone"), [("he_init", "he"), ("small_init", "small")])
 def test_table_1_plain(method, backbone, d, N):
-    """Plain weights have Table 1's σ_•; W_e has W_q's, and its output the constant 1/σ_e."""
+    """Plain weights have Table 1's σ_•. W_e has the σ_• of W_q, and its output is multiplied by the constant 1/σ_e."""
     for module in matrices(build(method, d_model=d, n_layers=N)).values():
         role = "W_q" if module.role.name == "W_e" else module.role.name
         std = TABLE_1[backbone][role](d, N)
@@ -69,14 +69,14 @@ def test_table_1_plain(method, backbone, d, N):
 
 
 def test_the_gates_of_the_optimizer_start_from_the_virtual_weights_of_gated_layers():
-    """The same draws, σ_•z and (σ_•/σ)(σz): equal up to three roundings of float32."""
+    """Both have the same draws z: σ_•z and (σ_•/σ)(σz) are equal up to three roundings of float32."""
     plain = dict(build("wesar_adamw").named_modules())
     for name, module in matrices(build("wesar")).items():
         torch.testing.assert_close(plain[name].weight, module.virtual_weight(), rtol=3 * 2**-23, atol=0)
 
 
 def test_roles_and_fan_in_cover_what_the_table_leaves_out():
-    """Another expansion ratio, GLU and grouped queries follow from gain/√d_in; the tanh has its own gain."""
+    """Another expansion ratio, GLU and grouped queries follow from gain/√d_in. The tanh has its own gain."""
     model = build(
         "wesar",
         expansion_ratio=2,
@@ -110,7 +110,7 @@ def test_only_he_needs_a_gain():
 
 
 def test_backbone_std_of_the_paper_sizes():
-    """Spot checks by hand at 1.3B: √(1/2048), √(2/(8·24·2048)), √(2/(10·24·2048))."""
+    """By hand for 1.3B: √(1/2048), √(2/(8·24·2048)), √(2/(10·24·2048))."""
     arguments = {"d_model": 2048, "div_is_residual": math.sqrt(48)}
     down = build().model.transformer.blocks[0].ffn.down_proj.role
     assert backbone_std(ROLES["Wq"], "he", 2048, **arguments) == pytest.approx(0.022097087)
@@ -121,7 +121,7 @@ def test_backbone_std_of_the_paper_sizes():
 @pytest.mark.parametrize("method", names("method"))
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_every_parameter_is_written(method, device):
-    """Fill everything with a sentinel, initialise, and nothing of it is left; on the meta device too."""
+    """After all tensors are filled with NaN, the init function leaves no NaN, on the meta device too."""
     model = WeSaRMPTForCausalLM(WeSaRMPTConfig(**model_config(method, init_device=device, no_bias=False)))
     if device == "meta":
         assert all(p.is_meta for p in model.parameters())
@@ -142,7 +142,7 @@ def test_the_same_seed_gives_the_same_model_and_another_one_another():
 
 @pytest.mark.parametrize("method", ["weight_norm", "sigma_reparam"])
 def test_gain_init(method):
-    """By method: gains are the rows' norms, α is 1. By backbone: virtual weights have Table 1's σ_•, as WeSaR's."""
+    """gain_init method: gains are the rows' norms, α is 1. backbone: virtual weights have Table 1's σ_•."""
     for module in matrices(build(method)).values():
         expected = module.weight.norm(dim=1) if method == "weight_norm" else torch.ones(1)
         torch.testing.assert_close(module.gate.detach(), expected)
@@ -180,7 +180,7 @@ def test_he_init_refuses_sigma():
 
 @pytest.mark.parametrize("init", ["small_init_", "kaiming_normal_", "baseline_"])
 def test_plain_init_functions_refuse_gated_layers(init):
-    """Without a module init function of our own, foundry's would claim the layer and leave its gate as it is."""
+    """Without our own module init function, foundry's would initialise the weight and leave the gate as it is."""
     with pytest.raises(ValueError, match=r"plain init function.*GatedLinear.*wesar_"):
         param_init_fns.get(init)(GatedLinear(4, 4), n_layers=2, d_model=4, init_std=0.1)
 
@@ -191,7 +191,7 @@ def test_wesar_init_refuses_a_matrix_without_a_role():
 
 
 def stock(**overrides) -> MPTForCausalLM:
-    """Foundry's own model at d = 64 under `he_init_`, fused, tied and with learned positions unless overridden."""
+    """Build foundry's own model at d = 64 under `he_init_`, by default fused, tied and with learned positions."""
     torch.manual_seed(0)
     config = {**model_config(), "d_model": 64, "init_config": {"name": "he_init_"}, "learned_pos_emb": True}
     config |= {"attn_config": {"attn_impl": "torch"}, "tie_word_embeddings": True, "no_bias": False, **overrides}
@@ -201,9 +201,9 @@ def stock(**overrides) -> MPTForCausalLM:
 @pytest.mark.parametrize("ffn_type", ["mptmlp", "mptglu"])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_stock_mpt_starts_by_table_1(ffn_type, device):
-    """Fused q, k, v, a GLU, learned positions and W_e, on both devices; norms are 1 and biases 0.
+    """Fused q, k, v, a GLU, learned positions and W_e start with their σ_• on both devices; norms are 1 and biases 0.
 
-    On the meta device Composer calls the init function for modules with parameters of their own only, parents first.
+    On the meta device Composer calls the init function only for modules with parameters of their own, parents first.
     """
     model = stock(ffn_config={"ffn_type": ffn_type}, init_device=device)
     if device == "meta":
@@ -250,7 +250,7 @@ def test_what_the_stock_model_hides_from_its_init_function_is_refused(overrides,
 
 
 def test_our_model_shows_its_roles():
-    """The same options as above, and the scales of gain/√d_in."""
+    """With the options that the test above refuses, our model starts with the scales of gain/√d_in."""
     options = {"init_config": {"name": "he_init_"}, "d_model": 64, "no_bias": False, "learned_pos_emb": True}
     options |= {"attn_config": {"rope": False, "fused_qkv": True}, "tie_word_embeddings": True}
     model = build(None, **options, expansion_ratio=1, head_dim=8).model.transformer
@@ -266,7 +266,7 @@ def test_tied_embeddings_cannot_start_at_one():
 
 
 def test_stock_layers_are_left_to_foundry():
-    """The same draws, to the bit, as foundry's own function makes for a plain layer."""
+    """A plain layer has the same draws, to the bit, as from foundry's own function."""
     layers = [nn.Linear(8, 8), nn.Embedding(8, 8), nn.LayerNorm(8)]
     torch.manual_seed(0)
     for layer in layers:

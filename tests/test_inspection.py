@@ -32,14 +32,14 @@ def test_the_paper_sizes(size, millions, d, N):
 
 
 def test_weight_normalisation_adds_a_gain_a_row():
-    """Table 6: 1,339.6M parameters, half a million more than the others."""
+    """Table 6: 1,339.6M parameters, half a million more than the other methods."""
     inspection = inspect_config(load_config("yamls/1.3b.yaml", ["variables.method=weight_norm"]))
     assert f"{inspection.parameters / 1e6:,.1f}" == "1,339.6"
 
 
 @pytest.mark.parametrize("method", names("method"))
 def test_what_is_said_is_what_is_built(method):
-    """Standard deviations, gates and the count agree with a model that exists."""
+    """The reported standard deviations, gates and parameter count agree with a model that is built."""
     overrides = [f"variables.method={method}", "model.vocab_size=500"]
     config = load_config("yamls/quickstart.yaml", overrides)
     inspection = inspect_config(config)
@@ -51,11 +51,11 @@ def test_what_is_said_is_what_is_built(method):
             continue
         row = rows[module.role.name]
         assert tuple(module.weight.shape) == row.shape
-        # The weight of a plain layer whose gate is the optimizer's is the virtual one.
+        # If the optimizer has the gate of a plain layer, the layer's weight is the virtual one.
         scale = row.gate if row.gate and not hasattr(module, "gate") else 1.0
         assert module.weight.std().item() == pytest.approx(scale * row.std, rel=0.05)
         virtual = module.virtual_weight() if hasattr(module, "virtual_weight") else module.weight
-        # ‖W‖₂ = σ(√rows + √columns) holds in the limit of large matrices.
+        # The tolerance is for ‖W‖₂ = σ(√rows + √columns), which holds only in the limit of large matrices.
         assert virtual.std().item() * getattr(module, "scale", 1) == pytest.approx(row.virtual_std, rel=0.08)
         if hasattr(module, "gate"):
             assert module.gate.mean().item() == pytest.approx(row.gate, rel=0.05)
@@ -80,9 +80,9 @@ HF = {"name": "wesar_hf_causal_lm", "pretrained": False, "init_config": HE, "z_l
     ],
 )
 def test_a_plain_model_under_the_gated_optimizer(section, roles, tmp_path):
-    """σ_• is that of the model that foundry builds, σ the optimizer's, and the gate carries the one to the other.
+    """σ_• is that of the model that foundry builds, σ that of the optimizer, and the gate is σ_•/σ.
 
-    Foundry's untied lm_head is drawn by torch, after the init function; what is said counts that in.
+    torch draws foundry's untied lm_head after the init function has run. The reported σ_• takes that into account.
     """
     if family := section.get("pretrained_model_name_or_path"):
         section = {**section, "pretrained_model_name_or_path": saved(tmp_path, family)}
@@ -108,7 +108,7 @@ def test_a_plain_model_under_the_gated_optimizer(section, roles, tmp_path):
 
 @pytest.mark.parametrize("key", ["emb_init_std", "emb_init_uniform_lim"])
 def test_the_embeddings_own_init_is_told(key):
-    """Foundry's keys for W_e: σ is what is drawn, and embedding scaling makes σ_• 1 of it."""
+    """With foundry's keys for W_e, the reported σ is the drawn one, and embedding scaling makes σ_• equal to 1."""
     config = load_config("yamls/quickstart.yaml", ["variables.method=small_init", f"model.init_config.{key}=0.3"])
     row = inspect_config(config).matrices[0]
     drawn = build("small_init", vocab_size=500, init_config={key: 0.3}).model.transformer.wte

@@ -33,7 +33,7 @@ EMBEDDING = {
     "weight_norm": lambda **kw: WeightNormEmbedding(11, 5, **kw),
     "sigma_reparam": lambda **kw: SigmaReparamEmbedding(11, 5, **kw),
 }
-# The gate's size in each: (of a linear layer, of an embedding).
+# Number of elements of the gate: (in a linear layer, in an embedding).
 SIZES = {
     "gated": (1, 1),
     "rows": (7, 11),
@@ -45,7 +45,7 @@ SIZES = {
 
 
 def started(layer, scale=1.3):
-    """A layer as the init function leaves it, in evaluation mode: σReparam trains with its callback alone."""
+    """Return a layer after its init, in evaluation mode, because σReparam needs its callback to train."""
     layer.start_gate_(scale)
     if layer.gate.numel() > 1:
         with torch.no_grad():
@@ -65,7 +65,7 @@ def test_linear_computes_with_its_virtual_weight(kind):
 
 @pytest.mark.parametrize("kind", EMBEDDING)
 def test_embedding_computes_with_its_virtual_weight(kind):
-    """Values and gradients, of the lookup and of the unembedding; only the lookup has the constant scale."""
+    """Values and gradients of the lookup and of the unembedding. Only the lookup has the constant scale."""
     torch.manual_seed(0)
     layer = started(EMBEDDING[kind](scale=3.0)).double()
     assert layer.gate.shape == (SIZES[kind][1],)
@@ -105,7 +105,7 @@ def test_copies_keep_values_class_and_trainability(kind):
 
 @pytest.mark.parametrize("kind", LINEAR)
 def test_dtypes_and_autocast(kind):
-    """`.to` moves the gate along; autocast gives what float32 does, but for the 8 bits of bf16."""
+    """`.to` converts the gate too. Autocast gives the result of float32, rounded to the 8 bits of bfloat16."""
     torch.manual_seed(0)
     layer, x = started(LINEAR[kind]()), torch.randn(3, 5)
     assert layer.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
@@ -157,8 +157,8 @@ def test_every_linear_class_has_its_embedding():
 def test_with_a_fixed_gate_adamw_on_the_actual_weight_follows_adamw_on_the_virtual_one():
     """Section 4.2: with ε → 0 Adam's step does not depend on the scale of the gradient.
 
-    So W moves by lr·M/√V whatever α is, and αW as a plain weight would with lr·α. Weight decay shrinks W by lr·λ, and
-    αW by the same factor, which the plain weight gets from λ/α.
+    So W moves by lr·M/√V for any α, and αW moves as a plain weight with learning rate lr·α. Weight decay multiplies W,
+    and therefore αW, by 1 − lr·λ. The plain weight gets the same factor from λ/α.
     """
     torch.manual_seed(0)
     alpha, lr, decay = 0.37, 1e-2, 0.1
@@ -182,7 +182,7 @@ def test_with_a_fixed_gate_adamw_on_the_actual_weight_follows_adamw_on_the_virtu
 
 
 def test_sigma_reparam_divides_by_the_spectral_norm():
-    """Once u and v have converged ‖W‖₂ agrees with the SVD to the square of the angle that is left."""
+    """When u and v have converged, ‖W‖₂ agrees with the SVD up to the square of their remaining angle."""
     torch.manual_seed(0)
     layer = SigmaReparamLinear(64, 48, bias=False)
     nn.init.normal_(layer.weight)
@@ -193,10 +193,10 @@ def test_sigma_reparam_divides_by_the_spectral_norm():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_sigma_reparam_starts_near_the_spectral_norm(seed):
-    """After the warm-up of the init alone, ‖W‖₂ is near that of the SVD.
+    """After the warm-up that the init runs, ‖W‖₂ is near that of the SVD.
 
-    The warm-up leaves an error that grows as the two largest singular values come closer: up to 3.3% here, where 8
-    iterations leave up to 7% and none a factor of 20 and more. Further iterations go on from there.
+    The error grows as the two largest singular values come closer: at most 3.3% here. With 8 iterations it would be up
+    to 7%, with none a factor of 20 and more. Further iterations continue from the warm-up's vectors.
     """
     torch.manual_seed(seed)
     layer = SigmaReparamLinear(128, 512, bias=False)

@@ -16,7 +16,7 @@ Z_LOSS = 0.01
 
 
 def plain(logits: Tensor, targets: Tensor, z_loss: float = Z_LOSS) -> tuple[Tensor, Tensor]:
-    """The formula as written, over the unmasked rows alone."""
+    """Compute the formula as it is written, over the unmasked rows only."""
     logits, targets = logits[targets != -100], targets[targets != -100]
     lse = torch.log(torch.exp(logits).sum(-1))
     return (lse - logits[range(len(targets)), targets]).mean(), z_loss * (lse**2).mean()
@@ -37,14 +37,14 @@ def leaf(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 @pytest.fixture(params=[1, 7, 10**9], ids=["token by token", "uneven chunks", "one chunk"])
 def tokens_a_chunk(request, monkeypatch):
-    """Set for a vocabulary of 101."""
+    """Set the number of tokens in a chunk, for a vocabulary of 101."""
     monkeypatch.setattr(losses, "_CHUNK", 101 * request.param)
     monkeypatch.setitem(losses.PROJECTED_CHUNK, "cpu", 101 * request.param)
 
 
 @pytest.fixture(params=["softmax", "kernels"])
 def device(request, monkeypatch):
-    """What a CPU does, and what CUDA does: the functions that are compiled there, here as they are written."""
+    """Choose the code for a CPU or the functions that CUDA compiles, which run uncompiled here."""
     if request.param == "kernels":
         monkeypatch.setattr(losses, "_takes_kernels", lambda logits: True)
         monkeypatch.setattr(losses, "_compiled_row_terms", losses._row_terms)
@@ -53,7 +53,7 @@ def device(request, monkeypatch):
 
 
 def test_uniform_logits_by_hand():
-    """Equal logits over V = 8 give log 8 and ζ·(c + log 8)², whatever the masked rows hold."""
+    """Equal logits c over V = 8 give log 8 and ζ·(c + log 8)², for any values in the masked rows."""
     logits = torch.full((2, 3, 8), 2.0)
     logits[0, 0] = 1e4
     targets = torch.tensor([[-100, 1, 2], [3, -100, 5]])
@@ -64,13 +64,14 @@ def test_uniform_logits_by_hand():
     assert terms.total.item() == pytest.approx(log8 + 0.5 * (2 + log8) ** 2, rel=1e-6)
 
 
-# Each gradient is computed in float32 (64) and rounded once; logits are of order 10, so lse loses a digit to them.
+# Each gradient is computed in float32, or float64, and rounded once. The logits are of order 10, so lse loses one
+# digit.
 @pytest.mark.parametrize(
     ("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2**-8), (torch.float16, 2**-10)]
 )
 @pytest.mark.usefixtures("device", "tokens_a_chunk")
 def test_cross_entropy_equals_formula(dtype: torch.dtype, rtol: float):
-    """The logits stay as they are: Composer computes its train metrics from them after the loss."""
+    """The logits are not changed, because Composer computes its train metrics from them after the loss."""
     hidden, weight, targets = example(23, 101)
     logits = leaf(hidden @ weight.T, dtype)
     exact = leaf(logits.detach(), torch.float64)
@@ -91,7 +92,7 @@ def test_cross_entropy_equals_formula(dtype: torch.dtype, rtol: float):
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.usefixtures("device", "tokens_a_chunk")
 def test_linear_cross_entropy_equals_formula(dtype: torch.dtype, rtol: float):
-    """To summation order: rtol of the largest entry."""
+    """Equal except for the order of sums: rtol is relative to the largest entry."""
     hidden, weight, targets = example(23, 101)
     ours, exact = [leaf(hidden, dtype), leaf(weight, dtype)], [leaf(hidden, torch.float64), leaf(weight, torch.float64)]
     terms = linear_cross_entropy(*ours, targets, Z_LOSS)
@@ -107,9 +108,9 @@ def test_linear_cross_entropy_equals_formula(dtype: torch.dtype, rtol: float):
 @pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16 weights", "autocast"])
 @pytest.mark.usefixtures("device", "tokens_a_chunk")
 def test_linear_cross_entropy_in_bfloat16_errs_no_more_than_unfused(autocast: bool):
-    """Both round the same operands; the order of the sums differs, so a fifth more error is allowed."""
+    """Both round the same operands. The order of the sums differs, so a fifth more error is allowed."""
     hidden, weight, targets = example(23, 101)
-    # What the products see is exactly representable, so that the reference has no rounding of its own.
+    # The inputs of the products are rounded to bfloat16, so that the reference starts from the same values.
     hidden, weight = hidden.bfloat16().double(), weight.bfloat16().double()
     exact = [leaf(hidden, torch.float64), leaf(weight, torch.float64)]
     sum(plain(exact[0] @ exact[1].T, targets)).backward()
@@ -130,7 +131,7 @@ def test_linear_cross_entropy_in_bfloat16_errs_no_more_than_unfused(autocast: bo
 
 
 def test_weight_gradient_is_summed_in_float32():
-    """A thousand tokens with the same small gradient: a sum in bfloat16 would stop growing after 256 of them."""
+    """A thousand tokens have the same small gradient. A sum in bfloat16 would stop growing after 256 of them."""
     hidden, weight = torch.ones(1000, 1, dtype=torch.bfloat16), leaf(torch.zeros(2, 1), torch.float32)
     targets = torch.zeros(1000, dtype=torch.long)
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
@@ -141,7 +142,7 @@ def test_weight_gradient_is_summed_in_float32():
 
 @pytest.mark.usefixtures("device")
 def test_all_masked_is_zero_without_nan():
-    """As foundry's `compute_loss_from_logits` has it."""
+    """The loss is 0, as in foundry's `compute_loss_from_logits`."""
     hidden, weight, _ = example(5, 11)
     hidden, weight = leaf(hidden, torch.float32), leaf(weight, torch.float32)
     targets = torch.full((5,), -100)
@@ -155,7 +156,7 @@ def test_all_masked_is_zero_without_nan():
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_trainer_may_scale_the_total_in_place_and_log_the_terms(fused: bool):
-    """Composer multiplies `total` in place by the microbatch's share, and logs the other entries."""
+    """Composer multiplies `total` in place by the microbatch's share of the batch, and logs the other terms."""
     hidden, weight, targets = example(23, 101)
     gradients = []
     for in_place in (True, False):
@@ -174,7 +175,7 @@ def test_trainer_may_scale_the_total_in_place_and_log_the_terms(fused: bool):
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("fused", [False, True])
 def test_second_backward_gives_the_same_gradient(fused: bool):
-    """Nothing that backward reads is overwritten by it."""
+    """The backward pass overwrites nothing that it reads."""
     hidden, weight, targets = example(23, 101)
     h, w = leaf(hidden, torch.float32), leaf(weight, torch.float32)
     total = (linear_cross_entropy(h, w, targets) if fused else cross_entropy(h @ w.T, targets)).total
@@ -184,10 +185,13 @@ def test_second_backward_gives_the_same_gradient(fused: bool):
 
 
 def test_no_more_than_a_chunk_in_float32_and_no_host_read(monkeypatch: pytest.MonkeyPatch):
-    """bfloat16 logits of T×V: beside them only their gradient, in bfloat16; fused, not even the logits."""
+    """Beside T×V logits in bfloat16, only their gradient has this size, also in bfloat16.
+
+    Fused, not even the logits have it.
+    """
     monkeypatch.setattr(losses, "_CHUNK", 4 * 500)
     monkeypatch.setitem(losses.PROJECTED_CHUNK, "cpu", 4 * 500)
-    # The function itself: the recorder does not see inside an operator.
+    # Call the function itself, because the recorder does not see inside a custom operator.
     monkeypatch.setattr(losses, "_projected", losses._projected._init_fn)
     tokens, vocabulary, width = 60, 500, 3
     hidden, weight, targets = example(tokens, vocabulary, width)
@@ -208,7 +212,7 @@ def test_no_more_than_a_chunk_in_float32_and_no_host_read(monkeypatch: pytest.Mo
 
 
 def test_head_compiles_without_a_graph_break():
-    """To the kernels' own rounding: the same operators in the same order."""
+    """Compiled and eager run the same operators in the same order, so only the kernels' rounding differs."""
     torch.manual_seed(0)
     head, hidden = LossLinear(16, 33, bias=False), torch.randn(2, 5, 16)
     targets = torch.randint(33, (2, 5))
@@ -232,7 +236,7 @@ class TinyModel(nn.Module):
 
 
 def sharded_steps() -> list[tuple[float, list[Tensor]]]:
-    """Loss and gradients, fused and unfused, of a model whose head FSDP2 shards on its own, as Composer does."""
+    """Return loss and gradients, fused and unfused, of a model whose head FSDP2 shards as a unit, as Composer does."""
     steps = []
     for fused in (True, False):
         torch.manual_seed(0)
@@ -247,6 +251,9 @@ def sharded_steps() -> list[tuple[float, list[Tensor]]]:
 
 
 def test_fused_loss_of_a_sharded_head_equals_the_unfused_one():
-    """On two ranks, to float32 summation order: a head used outside its own forward would meet only its shard."""
+    """On two ranks, except for the order of float32 sums.
+
+    A head that is used outside its own forward would see only a shard.
+    """
     for fused, unfused in launch(sharded_steps):
         torch.testing.assert_close(fused, unfused, rtol=1e-5, atol=1e-6)

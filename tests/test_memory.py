@@ -1,4 +1,4 @@
-"""The estimate of a GPU's memory, against what PyTorch allocated on an H100."""
+"""Compare the estimate of a GPU's memory with what PyTorch allocated on an H100."""
 
 import json
 
@@ -9,7 +9,7 @@ from llmfoundry_wesar.cli import app
 from llmfoundry_wesar.inspection import inspect_config, load_config
 from llmfoundry_wesar.memory import estimate
 
-# GiB at the peak of one step with AdamW on one microbatch, with logits, on 2026-11-26 (torch 2.11.0).
+# Peak memory in GiB of one step with AdamW on one microbatch, with logits, measured on 2026-11-26 (torch 2.11.0).
 MEASURED = {
     ("130m", "wesar", False): 32.43,
     ("130m", "small_init", False): 32.52,
@@ -29,7 +29,7 @@ def memory(size: str, gpus: int, *overrides: str):
 
 @pytest.mark.parametrize(("size", "method", "compiled"), MEASURED)
 def test_the_estimate_is_what_an_h100_used(size, method, compiled):
-    """Within 1%, a tenth of what eager and compiled differ by; workspaces and rounding to 512 bytes are left out."""
+    """The estimate is within 1%. It ignores workspaces and rounding to 512 bytes. Eager and compiled differ by 10%."""
     batch = {"130m": 32, "1.3b": 8}[size]
     overrides = [f"variables.method={method}", "model.fused_loss=false", f"global_train_batch_size={batch}"]
     if not compiled:
@@ -39,12 +39,12 @@ def test_the_estimate_is_what_an_h100_used(size, method, compiled):
 
 
 def test_the_papers_configs_fit_and_what_does_not_is_said():
-    """13B's 155 GB of weights and moments over 64 GPUs, 12 bytes a parameter; checkpointing is what makes it fit."""
+    """13B has 155 GB of weights and moments, 12 bytes a parameter, over 64 GPUs. It fits only with checkpointing."""
     assert all(memory(size, gpus).fits for size, gpus in {"130m": 8, "1.3b": 8, "13b": 64}.items())
     large = memory("13b", 64)
     assert large.parameters + large.optimizer == pytest.approx(12 * 12.911e9 / 64 / 2**30, rel=1e-3)
     assert not memory("13b", 1).fits
-    # Per token, 40 blocks keep 4 bytes an entry with checkpointing, and 34 without.
+    # For each token, 40 blocks keep 4 bytes an entry with checkpointing, and 34 without.
     whole = memory("13b", 64, "fsdp_config.activation_checkpointing=false")
     tokens, d = 4 * 2048, 5120
     assert whole.activations == pytest.approx(tokens * d * (40 * 34 + 10) / 2**30)

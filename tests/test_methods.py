@@ -51,7 +51,7 @@ def test_the_runs_own_keys_win():
 
 
 def test_a_method_replaces_what_the_setting_says_and_the_run_what_both_say():
-    """`null` takes a key away; a run's own null stays, since foundry's loaders have keys that mean something then."""
+    """In a method, `null` removes a key. A run's own null stays, because some keys of foundry's loaders accept null."""
     config = {"variables": {"method": "wesar_adamw", "setting": "rapid"}, "optimizer": {"max_norm": None}}
     expanded = expand(config)
     assert "algorithms" not in expanded and "fused" not in expanded["optimizer"]
@@ -90,7 +90,7 @@ def test_variables_that_are_no_mapping_are_refused():
     ],
 )
 def test_a_folder_that_is_not_there_is_named_by_the_trainer(missing, loader, dataset, tmp_path):
-    """With its key, its variable and what makes it, before anything is built."""
+    """The error names the key, its variable and the command that makes the folder, before anything is built."""
     folders = {"data": dataset, "wikitext": dataset, "lambada": dataset, missing: tmp_path / "none"}
     variables = [f"variables.{name}={folder}" for name, folder in folders.items()]
     words = (
@@ -107,7 +107,7 @@ def test_data_that_is_not_in_one_local_folder_is_left_to_streaming(data):
 
 
 def test_tables_3_and_11():
-    """Batch in tokens at context 2048, learning rate, warm-up, and what both settings share."""
+    """Batch in tokens at context 2048, learning rate, warm-up, and the values that both settings share."""
     rapid, stable = load("setting", "rapid"), load("setting", "stable")
     assert (rapid.global_train_batch_size * 2048, stable.global_train_batch_size * 2048) == (2**20, 2**22)
     assert (rapid.optimizer.lr, stable.optimizer.lr) == (1e-3, 5e-4)
@@ -121,7 +121,7 @@ def test_tables_3_and_11():
 
 
 def test_table_6_sigmas():
-    """σ² of each reparameterisation, to the digits that the files carry."""
+    """σ² of each reparameterisation, to the digits that the files have."""
     sigmas = {"wesar": 4e-5, "weight_norm": 16e-5, "sigma_reparam": 64e-5, "sigma_reparam_post_ln": 16e-5}
     for method, variance in sigmas.items():
         assert load("method", method).model.init_config.sigma ** 2 == pytest.approx(variance, rel=1e-8)

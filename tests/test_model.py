@@ -25,7 +25,7 @@ def logits(model, ids=None):
 
 
 def test_without_our_keys_it_is_the_stock_model():
-    """The same parameters give the same logits and loss as mpt_causal_lm, to the bit; only W_p is drawn differently."""
+    """With equal parameters, logits and loss equal those of mpt_causal_lm to the bit. Only W_p is drawn differently."""
     ours = build(None, **PLAIN)
     stock = ComposerMPTCausalLM(**model_config(None, **PLAIN), loss_fn="torch_crossentropy")
     stock.load_state_dict(ours.state_dict())
@@ -44,7 +44,7 @@ def test_every_matrix_of_a_method_has_its_kind_of_layer(method):
 
 
 def test_fixed_gates_are_no_parameters():
-    """Frozen and absent from the optimizer, but in the checkpoint."""
+    """They are frozen and absent from the optimizer, but saved in the checkpoint."""
     model = build("wesar_fixed")
     assert not [name for name, _ in model.named_parameters() if "gate" in name]
     assert len([name for name in model.state_dict() if name.endswith(".gate")]) == 14
@@ -54,7 +54,7 @@ def test_fixed_gates_are_no_parameters():
 
 @pytest.mark.parametrize("method", ["wesar", "embedding_norm"])
 def test_weight_decay_spares_gates_and_norms_but_no_matrix(method):
-    """The settings' param group, on a model that has a `gate_proj` too, and on one with a norm on its embedding."""
+    """The settings' param group, on a model with a `gate_proj`, and on one with a norm on its embedding."""
     model = build(method, ffn_config={"ffn_type": "mptglu"})
     groups = load("setting", "rapid").optimizer.param_groups
     optimizer = build_optimizer(
@@ -70,7 +70,7 @@ def test_weight_decay_spares_gates_and_norms_but_no_matrix(method):
 
 
 def test_weight_decay_takes_no_matrix_for_a_norm_where_foundry_fuses_them():
-    """Its name for W_q is then blocks.0.norm_attn_norm.attn.Wq."""
+    """If foundry fuses norm and attention, W_q has the name blocks.0.norm_attn_norm.attn.Wq."""
     model = build("wesar", fuse_norm_attn_norm=True)
     [group] = load("setting", "rapid").optimizer.param_groups
     spared = {name for name, _ in model.named_parameters() if re.search(group.param_str_match, name)}
@@ -81,7 +81,7 @@ def test_weight_decay_takes_no_matrix_for_a_norm_where_foundry_fuses_them():
 
 @pytest.mark.parametrize("backbone", ["he", "small"])
 def test_residual_scaling_computes_the_function_of_the_scaled_init(backbone):
-    """Appendix C.3: the multiplier 1/√2N is the init's divisor moved out of W_o and W_d; fp32 rounding apart."""
+    """Appendix C.3: the multiplier 1/√2N is the init's divisor of W_o and W_d. Only float32 rounding differs."""
     scaled, multiplied = build(f"{backbone}_init"), build(f"residual_scaling_{backbone}")
     for a, b in zip(scaled.parameters(), multiplied.parameters(), strict=True):
         factor = (b.norm() / a.norm()).item()
@@ -90,7 +90,7 @@ def test_residual_scaling_computes_the_function_of_the_scaled_init(backbone):
 
 
 def test_post_norm_block_is_norm_of_branch_plus_stream():
-    """y = LN(f(x) + x) by hand, and no norm behind the last block."""
+    """y = LN(f(x) + x) by hand, and no norm after the last block."""
     model = build(None, norm_placement="post", init_config={"name": "he_init_"}).model.eval()
     transformer, ids = model.transformer, batch()["input_ids"]
     assert isinstance(transformer.norm_f, nn.Identity)
@@ -108,7 +108,7 @@ def test_post_norm_block_is_norm_of_branch_plus_stream():
 
 
 def test_embedding_variants_of_takase_et_al():
-    """Scaling and norm both give the stream unit variance at the start; the vanilla row leaves it at σ_e."""
+    """Scaling and norm both give the stream unit variance at the start. Without them it has the variance σ_e²."""
     ids = torch.arange(97)[None, :16]
     streams = {}
     for method in ("small_init", "embedding_norm", "no_embedding_scaling", "wesar"):
@@ -121,7 +121,7 @@ def test_embedding_variants_of_takase_et_al():
 
 
 def test_embedding_detach_shrinks_the_gradient_alone():
-    """GLM's remedy: the same function, and a tenth of the embedding's gradient."""
+    """The remedy of GLM: the same function, with a tenth of the embedding's gradient."""
     models_ = [build("embedding_detach"), build("no_embedding_scaling")]
     gradients = []
     for model in models_:
@@ -135,7 +135,10 @@ def test_embedding_detach_shrinks_the_gradient_alone():
 
 
 def test_z_loss_by_hand_with_masked_tokens():
-    """CE and z-loss are means over the tokens with a target; the last of each row and the masked ones have none."""
+    """Cross-entropy and z-loss are means over tokens with a target.
+
+    The last token of a row and masked tokens have none.
+    """
     coefficient = 0.02
     model, data = build("wesar", z_loss=coefficient), batch()
     data["labels"][0, 5:9] = -100
@@ -165,10 +168,12 @@ def test_z_loss_by_hand_with_masked_tokens():
 @pytest.mark.parametrize("z_loss", [0.0, 0.02])
 @pytest.mark.parametrize("method", ["small_init", "wesar", "weight_norm"])
 def test_fused_loss_is_the_loss(method, z_loss):
-    """Fused with W_p or from logits: the same loss and gradients, but for the order of sums; evaluation has logits.
+    """Loss and gradients are the same, fused with W_p or from logits, except for the order of sums.
 
-    Each gradient in norm, relative to its own: half of them differ by less than 4e-7. A scalar gate's is one sum whose
-    terms nearly cancel, here of up to 4,096; in the worst of them 7e-5 is left of float32's precision.
+    Evaluation has logits.
+
+    Each gradient is compared in norm, relative to its own norm: half of them differ by less than 4e-7. The gradient of
+    a scalar gate is one sum of up to 4,096 terms that nearly cancel. In the worst case its relative difference is 7e-5.
     """
     fused, plain = (build(method, z_loss=z_loss, fused_loss=f, use_train_metrics=False) for f in (True, False))
     data = batch()
@@ -195,7 +200,7 @@ def test_fused_loss_is_the_loss(method, z_loss):
 @pytest.mark.parametrize("ffn", ["mptmlp", "mptglu"])
 @pytest.mark.parametrize("method", ["wesar", "weight_norm"])
 def test_stock_paths_train_with_reparameterised_layers(attention, ffn, method):
-    """Every parameter gets a gradient, and the loss falls on a batch that is repeated."""
+    """Every parameter gets a gradient, and the loss on a repeated batch falls."""
     model = build(method, attn_config=attention, ffn_config={"ffn_type": ffn})
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
@@ -210,7 +215,7 @@ def test_stock_paths_train_with_reparameterised_layers(attention, ffn, method):
 
 
 def test_counts_of_parameters_and_flops_are_foundrys():
-    """Gates are counted, one a matrix; flops are 6 a parameter and token plus attention's, as foundry has them."""
+    """Each matrix adds one gate to the count. As in foundry, flops are 6 a parameter and token, plus attention's."""
     model, plain = build("wesar"), build("small_init")
     assert model.n_total_params == plain.n_total_params + 14 == sum(p.numel() for p in model.parameters())
     tokens = batch()["input_ids"]
@@ -253,7 +258,7 @@ def test_keys_that_foundry_reads_without_declaring_them_pass():
 
 
 def test_embedding_scaling_follows_the_embeddings_own_init():
-    """σ_e of foundry's keys, as it is drawn: the stream starts with unit variance."""
+    """Foundry's keys set σ_e, as it is drawn: the stream starts with unit variance."""
     for keys in ({"emb_init_std": 0.5}, {"emb_init_uniform_lim": 0.1}, {"emb_init_uniform_lim": [-0.3, 0.3]}):
         wte = build(None, embedding_scaling=True, init_config={"name": "small_init_", **keys}).model.transformer.wte
         # 3,104 draws: one standard error of the standard deviation is 1.3% of it.
@@ -261,7 +266,7 @@ def test_embedding_scaling_follows_the_embeddings_own_init():
 
 
 def test_wesar_can_have_its_embedding_scale_in_a_constant():
-    """The other reading of Table 1: the same function to fp32 rounding, and an α_e of 1."""
+    """The other reading of Table 1: the same function up to float32 rounding, with an α_e of 1."""
     by_gate, by_constant = build("wesar"), build("wesar", embedding_scaling=True)
     wte = by_constant.model.transformer.wte
     assert wte.scale == pytest.approx(1 / PAPER_SIGMA, rel=1e-7) and wte.gate.item() == pytest.approx(1, rel=1e-6)
@@ -284,7 +289,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused():
 
 
 def test_forward_is_the_stock_one():
-    """It passes the inputs on by itself, for the sake of torch.compile: logits to the bit, with and without a mask."""
+    """For torch.compile our forward passes the inputs on itself: equal logits to the bit, with and without a mask."""
     model, tokens = build("wesar"), batch()
     mask = torch.ones_like(tokens["input_ids"], dtype=torch.bool)
     mask[0, 9:] = False

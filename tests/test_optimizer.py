@@ -1,4 +1,4 @@
-"""`wesar_adamw` against gated layers under AdamW, against formulas, and on two processes."""
+"""Compare `wesar_adamw` with gated layers under AdamW, with formulas, and on two processes."""
 
 import copy
 import math
@@ -39,7 +39,7 @@ MODELS = {
 
 
 def pair(**overrides: Any) -> tuple[nn.Module, nn.Module]:
-    """A gated model and the plain one with V = αW, in float64, a norm frozen in both.
+    """Build a gated model and the plain one with V = αW in float64, with a frozen norm in both.
 
     Each W is scaled to have exactly σ, so that rms(V)/σ is the gate.
     """
@@ -63,7 +63,7 @@ def copy_virtual(gated: nn.Module, plain: nn.Module) -> None:
 
 
 def optimizers(gated: nn.Module, plain: nn.Module) -> tuple[torch.optim.AdamW, WeSaRAdamW]:
-    """Foundry's builder, with the settings' kind of parameter groups."""
+    """Build both optimizers with foundry's builder and the settings' kind of parameter groups."""
     options = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}
     groups = {"param_groups": [{"param_str_match": r"norm|gate|bias", "weight_decay": 0.0}]}
     adamw = build_optimizer(gated, "adamw", copy.deepcopy(options | groups))
@@ -76,9 +76,9 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 @pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS)
 def test_each_step_is_the_gated_models(overrides):
-    """From equal states, in float64: weights, gates and all moments after a step, within 1e-13.
+    """In float64, after one step from equal states, weights, gates and all moments differ by at most 1e-13.
 
-    Two microbatches a step, a warm-up, and clipping by MAX_NORM, which bites in each step.
+    A step has two microbatches. There is a warm-up, and clipping by MAX_NORM takes effect in each step.
     """
     gated, plain = pair(**overrides)
     adamw, wesar = optimizers(gated, plain)
@@ -116,7 +116,7 @@ def test_each_step_is_the_gated_models(overrides):
 
 @torch.no_grad()
 def copy_state(adamw: torch.optim.AdamW, layer: Gated, state: dict[str, Tensor]) -> None:
-    """What the gated model knows of a matrix, in the form of the other optimizer; the two gate bounds stay."""
+    """Convert the gated model's state of a matrix to the form of the other optimizer. The two gate bounds stay."""
     state["gate"].copy_(layer.gate.squeeze())
     for prefix, parameter in (("", layer.weight), ("gate_", layer.gate)):
         for key in ("exp_avg", "exp_avg_sq"):
@@ -125,7 +125,7 @@ def copy_state(adamw: torch.optim.AdamW, layer: Gated, state: dict[str, Tensor])
 
 
 def train(model: Any, optimizer: torch.optim.Optimizer, *callbacks: Callback, **options: Any) -> dict[str, dict]:
-    """Composer's trainer on random tokens; what it logged, by key and step."""
+    """Run Composer's trainer on random tokens and return what it logged, by key and step."""
     ids = torch.randint(0, 97, (15 * 4, 16), generator=torch.Generator().manual_seed(2))
     loader = DataLoader([{"input_ids": row, "labels": row} for row in ids], batch_size=4)
     logger = InMemoryLogger()
@@ -145,9 +145,9 @@ def train(model: Any, optimizer: torch.optim.Optimizer, *callbacks: Callback, **
 
 
 def test_fifteen_steps_of_the_trainer_are_the_gated_models():
-    """Composer's trainer, clipping, schedule and accumulation; all that the monitors log, and the loss.
+    """Composer's trainer, clipping, schedule and accumulation: all that the monitors log, and the loss.
 
-    In float64 the two drift apart by themselves: 2e-15 was seen in the weights, and 1e-10 is allowed.
+    In float64 the two runs drift apart by rounding: 2e-15 was seen in the weights, and 1e-10 is allowed.
     """
     gated, plain = pair()
     adamw, wesar = optimizers(gated, plain)
@@ -167,7 +167,7 @@ def test_fifteen_steps_of_the_trainer_are_the_gated_models():
 
 
 def matrix() -> nn.Parameter:
-    """V with rms(V) = 2, thus α₀ = 4 with σ = 1/2, and a G with ⟨G, V⟩ = 3."""
+    """Return V with rms(V) = 2, thus α₀ = 4 with σ = 1/2, and a G with ⟨G, V⟩ = 3."""
     parameter = nn.Parameter(torch.tensor([[2.0, -2.0], [2.0, 2.0]], dtype=torch.float64))
     parameter.grad = torch.tensor([[1.0, 0.0], [0.0, 0.5]], dtype=torch.float64)
     return parameter
@@ -175,7 +175,7 @@ def matrix() -> nn.Parameter:
 
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 def test_a_step_by_hand(max_norm):
-    """∂L/∂α = 3/4 and ∂L/∂W = 4G, so their norm is √(16·1.25 + 0.75²); at the first step m̂ = g and √v̂ = |g|."""
+    """∂L/∂α = 3/4 and ∂L/∂W = 4G, so their norm is √(16·1.25 + 0.75²). At the first step m̂ = g and √v̂ = |g|."""
     part = 1.0 if max_norm is None else 1 / (math.sqrt(20.5625) + 1e-6)
     weight = matrix()
     optimizer = WeSaRAdamW([weight], lr=0.1, eps=1.0, weight_decay=0.5, sigma=0.5, max_norm=max_norm)
@@ -189,7 +189,10 @@ def test_a_step_by_hand(max_norm):
 
 
 def test_parameters_without_a_gate_move_as_under_adamw():
-    """Torch's own, on five steps of noise, with a learning rate that changes; and the gated one beside it does not."""
+    """They move as under torch's AdamW, for five steps of noise and a changing learning rate.
+
+    The gated one does not.
+    """
     start = [torch.randn(5, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64)]
     options = {"lr": 1e-2, "betas": BETAS, "weight_decay": 0.3}
     ours, theirs = [{name: nn.Parameter(p.clone()) for name, p in zip("ab", start, strict=True)} for _ in range(2)]
@@ -209,7 +212,7 @@ def test_parameters_without_a_gate_move_as_under_adamw():
 
 
 def test_one_compiled_kernel_computes_the_same_step():
-    """In float32, where entries of up to 4 are rounded by up to 2.4e-7 a step."""
+    """In float32, where rounding changes entries of up to 4 by up to 2.4e-7 a step."""
     weights = [nn.Parameter(torch.randn(64, 48, generator=torch.Generator().manual_seed(0))) for _ in range(2)]
     steps = [
         WeSaRAdamW([w], lr=1e-4, max_norm=1.0, fused=fused) for w, fused in zip(weights, (False, True), strict=True)
@@ -224,7 +227,10 @@ def test_one_compiled_kernel_computes_the_same_step():
 
 
 def test_what_has_no_gradient_stays():
-    """A step without any, then one parameter's; a frozen one; the step count follows the gradients, as in torch."""
+    """A step without any gradient, a step with one, and a frozen parameter.
+
+    As in torch, the step count counts gradients.
+    """
     used, unused, frozen = matrix(), matrix(), matrix()
     unused.grad = frozen.grad = None
     frozen.requires_grad = False
@@ -258,7 +264,7 @@ def test_a_closure_has_its_gradients_used():
 
 
 def test_a_gate_is_held_at_a_hundredth_and_named():
-    """A step of 5 from α = 4. The matrix moves as if it had been asked for 1% of it."""
+    """A step of 5 would take α from 4 to −1. The gate and the matrix move as if it went to 1% of 4."""
     weight = matrix()
     optimizer = WeSaRAdamW([("some.weight", weight)], lr=5.0, eps=1e-12, weight_decay=0.0, sigma=0.5)
     weight.grad = torch.sign(weight.detach())
@@ -273,7 +279,7 @@ def test_a_gate_is_held_at_a_hundredth_and_named():
 
 
 def test_a_state_goes_through_a_file_to_the_bit(tmp_path):
-    """And an older AdamW's is refused, with what to do."""
+    """The state of an older AdamW is refused, and the error says what to do."""
     weights = [matrix().float(), matrix().float()]
     weights = [nn.Parameter(weight.detach()) for weight in weights]
     first, second = [WeSaRAdamW([w], lr=0.1, sigma=0.5) for w in weights]
