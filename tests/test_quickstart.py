@@ -1,4 +1,4 @@
-"""The README's way, by its command lines: text → training → plain models → generation, scores, and training again."""
+"""Run the README's commands: text → training → plain models → generation, scores, and training again."""
 
 import json
 import os
@@ -24,7 +24,7 @@ BATCHES, LENGTH, VOCABULARY = 100, 256, 4096
 
 
 def run(*command: object) -> str:
-    """Run a command of the environment, as a user does, and return what it prints."""
+    """Run a command of the environment as a user does, and return what it prints."""
     program, *arguments = map(str, command)
     job = subprocess.run(
         [Path(sysconfig.get_path("scripts"), program), *arguments],
@@ -37,7 +37,7 @@ def run(*command: object) -> str:
 
 
 def test_a_quickstart_checkpoint_goes_all_the_way_and_back(tmp_path):
-    """`make quickstart` with WeSaR, half of its batches and as much text as they need, and all that comes after."""
+    """`make quickstart` with WeSaR, with half of its batches and as little text as they need, and all later steps."""
     folders = [f"variables.data={tmp_path / 'stdlib'}", f"loggers.tensorboard.log_dir={tmp_path / 'runs'}"]
     data = ["data", tmp_path / "stdlib", "--source", "stdlib", "--vocab-size", VOCABULARY, "--sequence-length", LENGTH]
     run("llmfoundry-wesar", *data, "--val-fraction", "0.03", "--max-tokens", "206K")
@@ -51,7 +51,7 @@ def test_a_quickstart_checkpoint_goes_all_the_way_and_back(tmp_path):
     for form in ("hf", "mpt"):
         run("llmfoundry-wesar", "export", tmp_path / "checkpoints", tmp_path / form, "--format", form)
 
-    # Transformers 5 says greedily what the trained model would say next after each token.
+    # Transformers 5 generates greedily the token that the trained model predicts after each token.
     model, tokenizer = load(tmp_path / "checkpoints")
     prompts = torch.tensor([tokenizer(text).input_ids[:8] for text in ("import os\nimport sys\n\n\nclass Thing:",) * 2])
     there = load_in_transformers5({"hf": tmp_path / "hf"}, prompts, "def f(x):", tmp_path / "job.pt")["hf"]
@@ -60,7 +60,7 @@ def test_a_quickstart_checkpoint_goes_all_the_way_and_back(tmp_path):
     with torch.no_grad():
         assert torch.equal(model(there["cached"]).logits[:, 7:-1].argmax(-1), there["cached"][:, 8:])
 
-    # Both plain forms have the same scores of every task, and they are scores of something learnt.
+    # Both plain forms have the same score for every task, and the scores are better than those of an untrained model.
     files, scores = write(tmp_path / "files", packed=True, without=("ReCoRD",)), {}
     for form in ("hf", "mpt"):
         command = ["evaluate", tmp_path / form, "--data", files, "--out", tmp_path / f"{form}.json"]
@@ -69,21 +69,23 @@ def test_a_quickstart_checkpoint_goes_all_the_way_and_back(tmp_path):
         scores[form] = json.loads((tmp_path / f"{form}.json").read_text())["scores"]
     assert scores["hf"].keys() == TASKS.keys() - {"record"}
     for task, metrics in scores["hf"].items():
-        # Perplexities are exponentials of float32 sums in another order; the others are counts.
+        # Perplexities are exponentials of float32 sums in another order. The other scores are counts.
         assert metrics == pytest.approx(scores["mpt"][task], rel=1e-4), task
     torch.manual_seed(0)
     fresh = WeSaRMPTForCausalLM(model.config)
     pages = [row["page"] for row in rows(files, "wikitext")["test"]]
-    # Half of an untrained model's was seen: 100 batches of Python are a start at these pages.
+    # Half of an untrained model's perplexity was seen: 100 batches of Python source help a little on these pages.
     assert scores["hf"]["wikitext"]["per token"] < 0.75 * token_perplexity(fresh, tokenizer, pages, LENGTH)
 
-    # Gated again, the model is what it was when its training ended.
+    # With gates again, the model is the one at the end of training.
     section = run("llmfoundry-wesar", "reparameterize", tmp_path / "hf", tmp_path / "gated.pt", "--method", "wesar")
     assert OmegaConf.create(section).model.fc_type == {"name": "wesar"}
     resumed = [f"load_path={tmp_path / 'gated.pt'}", "load_weights_only=true", "eval_first=true", "run_name=resumed"]
     run(*train, *resumed, "max_duration=2ba", "scheduler.t_warmup=1ba")
     second = read_scalars(tmp_path / "runs/resumed")
-    # The same text before any step: only rounding α(W̄/α) to float32, and TensorBoard's float32, are between them.
+    # Both losses are of the same text before any step. Only the rounding of α(W̄/α) and of TensorBoard's values to
+    # float32 differs.
     assert second["metrics/eval/LanguageCrossEntropy"][1][0] == pytest.approx(held_out, rel=1e-5)
-    # Batches differ from each other, so the first loss is compared with all of the last 20; it began at ln V and more.
+    # e loss differs from batch to batch, so the first loss may differ from the mean of the last 20 by four standard
+    # deviations. Training lowered it by more than that.
     assert abs(second["loss/train/loss"][1][0] - losses[-20:].mean()) < 4 * losses[-20:].std() < losses[0] - losses[-1]

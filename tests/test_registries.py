@@ -1,4 +1,4 @@
-"""What a user writes in a YAML is found by foundry's own builders, with nothing of ours imported."""
+"""Foundry's own builders find every name that a user writes in a YAML, without an import of our package."""
 
 import re
 import subprocess
@@ -42,7 +42,10 @@ def test_every_registered_name_builds(kind, name):
 
 
 def test_the_list_is_the_one_in_the_readme():
-    """Both ways; a row of two registries has `;` between their names, and what a name is follows after `:` or `=`."""
+    """The table has all registered names and no others.
+
+    `;` separates registries, and `:` or `=` precedes an explanation.
+    """
     table = Path("README.md").read_text().partition("## What is registered")[2].partition("\n## ")[0]
     rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| `")]
     listed = []
@@ -53,14 +56,14 @@ def test_the_list_is_the_one_in_the_readme():
 
 
 def test_foundrys_command_shows_them():
-    """`llmfoundry registry get` in a fresh interpreter, for all registries that we add to at once."""
+    """`llmfoundry registry get` in a fresh interpreter, at once for all registries that we add to."""
     script = "from llmfoundry.cli.cli import app; app(['registry', 'get'])"
     environment = {"COLUMNS": "300", "PATH": "/usr/bin:/bin"}
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-2000:]
     options, kind = defaultdict(str), ""
     for line in run.stdout.splitlines():
-        if line.startswith("│"):  # a cell of several lines goes on under an empty name
+        if line.startswith("│"):  # a cell of several lines continues in rows with an empty name
             name, _, cell = (part.strip() for part in line.strip("│").split("│"))
             kind = name or kind
             options[kind] += f"{cell} "

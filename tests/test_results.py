@@ -1,4 +1,4 @@
-"""The evidence: runs are kept once and whole, claims are judged by their rules, and what is published follows."""
+"""The evidence: runs are kept once and completely, claims are judged by their rules, and the published text follows."""
 
 import math
 import re
@@ -21,7 +21,7 @@ DENSE = ("attn.Wq", "attn.out_proj", "ffn.up_proj", "ffn.down_proj")
 
 
 def scalars(loss: Callable[[int], float], **families: Callable[[str, int], float]) -> Scalars:
-    """A run of 40 steps, two blocks and both embeddings, with a function of matrix and step for each family."""
+    """Make a run of 40 steps with two blocks and both embeddings. Each family has a function of matrix and step."""
     modules = [f"model.transformer.blocks.{block}.{matrix}" for block in range(2) for matrix in DENSE]
     metrics = {"loss/train/loss": [loss(step) for step in range(40)]}
     for family, function in families.items():
@@ -62,7 +62,7 @@ def test_each_run_is_trained_once_and_kept_whole(tmp_path: Path, dataset: Path):
         assert len(matrices) == 2 * 6 + 2
         assert {f"{family}/{name}" for family in ("weight_norm", "grad_norm") for name in matrices} <= kept.keys()
         assert {f"gate/{name}" for name in matrices} <= kept.keys() or row["method"] == "small_init"
-        # Five digits are kept; the row has the mean of all three losses.
+        # The curves keep five digits. The row has the mean of all three losses.
         losses = kept["loss/train/loss"][1]
         assert len(losses) == 3 and math.isclose(losses.mean(), float(row["final_loss"]), rel_tol=1e-4)
     assert run(series, work, folder, tiny) == 0
@@ -123,7 +123,7 @@ def test_norms_are_judged_by_growth_and_by_what_the_gate_carries(tmp_path: Path,
 
 @pytest.mark.parametrize(
     ("slopes", "status"),
-    # What doubling the rate adds to the loss of WeSaR and of the others, in tenths of a nat.
+    # By how many tenths of a nat the loss of WeSaR, and of the others, grows if the rate doubles.
     [((1, 1), "confirmed"), ((1, -1), "confirmed"), ((1, -4), "not confirmed"), ((1, -2.5), "not decided")],
 )
 def test_methods_are_judged_at_one_rate_and_at_the_best_of_each(
@@ -142,7 +142,7 @@ def test_methods_are_judged_at_one_rate_and_at_the_best_of_each(
     assert methods.best_rate(evidence, "he_init")[0] == (5e-4 if slopes[1] > 0 else 4e-3)
     verdict = methods.report(evidence)
     assert verdict.status == status
-    # 5.4 + 0.2·slope at 4e-3 or 5.3 at 5e-4, less the 4.9 of WeSaR, give or take the noise of 0.01.
+    # 5.4 + 0.2·slope at 4e-3, or 5.3 at 5e-4, minus WeSaR's 4.9, up to the noise of 0.01.
     left = 0.4 if slopes[1] > 0 else 0.5 + 0.2 * slopes[1]
     assert abs(float(verdict.table[1][6].split()[0]) - left) < 0.011
 
@@ -154,7 +154,7 @@ def test_spread_over_seeds_is_judged_by_the_f_test(tmp_path: Path, factor: float
         add(tmp_path, "wesar", seed, 5 + 0.01 * (-1) ** seed, scalars(lambda step: 8.0))
     verdict = seeds.report(Evidence(tmp_path))
     assert verdict.status == status
-    # F(0.95; 7, 7) by the tables.
+    # The table value of F(0.95; 7, 7).
     assert f"quotient is {factor**2:.2f}; the bar is 3.79" in verdict.sentences
 
 
@@ -163,7 +163,7 @@ def _ratio(rate: float) -> Scalars:
 
 
 def test_sensitivity_is_the_mean_excess_over_the_best_capped_at_the_first_loss(tmp_path: Path):
-    # One learning rate ends above the first loss of 8, which counts as 8 and as a bad rate; another has a spike.
+    # One learning rate ends above the first loss of 8: it counts as 8 and as a bad rate. Another has a spike.
     rng = np.random.default_rng(0)
     for seed in SEEDS:
         for method, best in (("small_init", 6.0), ("wesar", 5.0)):
@@ -175,7 +175,7 @@ def test_sensitivity_is_the_mean_excess_over_the_best_capped_at_the_first_loss(t
         for sigma in learning_rates.SIGMAS.values():
             add(tmp_path, "wesar", seed, 5.0, _ratio(1e-3), f"model.init_config.sigma={sigma}")
     verdict = learning_rates.report(Evidence(tmp_path))
-    # (8 − 6) / 7 and (7 − 5) / 7, give or take the noise of 0.01.
+    # (8 − 6) / 7 and (7 − 5) / 7, up to the noise of 0.01.
     assert (
         abs(float(verdict.table[1][1].split()[0]) - 2 / 7) < 0.01
         and abs(float(verdict.table[2][1].split()[0]) - 2 / 7) < 0.01
@@ -190,7 +190,7 @@ def test_the_equal_rate_is_where_the_update_ratios_meet_and_the_share_is_of_the_
         add(tmp_path, "wesar", seed, 5.0 + 0.01 * rng.random(), _ratio(0.01))
         for method, equal in relative_step.EQUAL.items():
             for rate in ("1e-3", *((equal,) if seed in SEEDS else relative_step.SEARCH)):
-                # The ratio is proportional to the learning rate, and half of the lead of 1 goes.
+                # The update ratio is proportional to the learning rate, and half of the lead of 1 nat goes.
                 held_out, variation = (6.0, "") if rate == "1e-3" else (5.5, f"optimizer.lr={rate}")
                 add(tmp_path, method, seed, held_out, _ratio(0.01 * float(rate) / float(equal)), variation)
     evidence = Evidence(tmp_path)
@@ -232,7 +232,7 @@ def test_what_is_published_follows_from_what_is_kept(tmp_path: Path):
     rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
     expected = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed]
     assert [[f"quickstart-{method}", *figures] for method, *figures in rows] == expected
-    # What compare gave: method, n, and held-out and training loss of each line of the page's table.
+    # The page's table of compare: method, n, held-out loss and training loss.
     compared = table(read_rows(FOLDER / "quickstart-compare/runs.csv"))
     summed = {line.split(" | ")[0]: line.split(" | ") for line in compared.splitlines()}
     rows = re.findall(r"^\| `(\w+)` \| (\d) \| (.*?) \| (.*?) \| ", page, re.MULTILINE)

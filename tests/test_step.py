@@ -1,4 +1,4 @@
-"""What a training step costs beyond its arithmetic: the optimizer's form, graph breaks, waits for the device."""
+"""The cost of a training step beyond its arithmetic: the optimizer's form, graph breaks, and waits for the device."""
 
 from collections import Counter
 from contextlib import ExitStack
@@ -26,7 +26,7 @@ from tests.test_training import HELD_OUT, TINY, assert_same, train
 
 
 class _Parameters(nn.Module):
-    """A matrix, its gate and a norm's weight, under the names that the settings' parameter groups match."""
+    """A matrix, its gate and a norm's weight, with names that the settings' parameter groups match."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class _Parameters(nn.Module):
 def test_the_settings_fused_adamw_updates_as_the_formula_and_as_the_plain_one():
     """Twenty steps of noise, against Loshchilov and Hutter's formula in float64 and torch's loop over tensors.
 
-    Each step rounds a parameter once, 6e-8 relative, so 20 of them differ by 1.2e-6 at most.
+    Each step rounds a parameter once, by 6e-8 of its value, so 20 steps differ by at most 1.2e-6.
     """
     options = OmegaConf.to_container(load("setting", "rapid").optimizer)
     assert options["name"] == "adamw" and options["fused"] is True
@@ -75,10 +75,10 @@ def test_the_settings_fused_adamw_updates_as_the_formula_and_as_the_plain_one():
         torch.testing.assert_close(fused, plain, rtol=2e-6, atol=1e-7)
 
 
-# What the paper's YAMLs have for speed. All of compiling but code generation, which takes a minute: dynamo and
-# autograd's tracing. The kernels are the eager ones, so the numbers are equal but for the order of sums.
+# The options of the paper's YAMLs for speed. Code generation takes a minute, so only dynamo and autograd's tracing run
+# here. The kernels are the eager ones, so results differ only by the order of sums.
 FAST = ["model.fused_loss=true", "model.use_train_metrics=false", "compile_config.backend=aot_eager"]
-# The form of the paper's YAMLs. Parameters stay in float32: in bfloat16 one process would be no reference.
+# The sharding of the paper's YAMLs. Parameters stay in float32: in bfloat16 a single process would not be a reference.
 SHARDED = [
     "fsdp_config={sharding_strategy: SHARD_GRAD_OP, reshard_after_forward: false, state_dict_type: sharded}",
     "fsdp_config.mixed_precision={param_dtype: fp32, reduce_dtype: fp32, buffer_dtype: fp32}",
@@ -92,10 +92,11 @@ def train_each(data: Path, folder: Path, runs: dict[str, list[str]]) -> dict[str
 
 
 def test_two_fsdp2_processes_train_as_one_with_fused_adamw_compiled_and_with_a_small_eval_set(dataset, tmp_path):
-    """One job for all. Tolerance as in test_training, for its reason.
+    """One job tests all of these options. The tolerance has the reason given in test_training.
 
-    Fused AdamW: of two processes one holds an empty shard of every gate. Three sequences are fewer than ranks × batch:
-    streaming gives each rank two, the second one twice, so the mean is over four, and no rank waits for another.
+    Fused AdamW: one of the two processes holds an empty shard of every gate. Eval set: three sequences are fewer than
+    ranks × batch. streaming gives each rank two of them, the second one twice, so the mean is over four, and no rank
+    waits for another.
     """
     few = ["eval_interval=1dur", "eval_loader.dataset.split=few"]
     sequences = np.arange(48, dtype=np.int32).reshape(3, 16)
@@ -114,9 +115,9 @@ def test_two_fsdp2_processes_train_as_one_with_fused_adamw_compiled_and_with_a_s
     ("method", "options"), [("wesar", FAST), ("wesar", FAST[2:]), ("weight_norm", FAST), ("sigma_reparam", FAST)]
 )
 def test_the_stock_trainer_compiles_without_a_graph_break(method, options, dataset, tmp_path):
-    """None anywhere, not only inside a block: the whole forward pass is in one graph, the fused loss included.
+    """The whole forward pass is in one graph, with the fused loss.
 
-    Sums in another order are 1e-7 off each; over four steps 2e-5 was seen for a gradient's norm, and 5e-5 is allowed.
+    Sums in another order differ by 1e-7 each. Over four steps 2e-5 was seen for a gradient's norm, and 5e-5 is allowed.
     """
     eager = train(dataset, tmp_path / "eager", f"variables.method={method}")
     torch._dynamo.reset()
@@ -127,7 +128,7 @@ def test_the_stock_trainer_compiles_without_a_graph_break(method, options, datas
     assert_same(compiled, eager, 5e-5)
 
 
-# Operators of which the host needs the result, or its size, before it can go on.
+# Operators whose result, or its size, the host needs before it can continue.
 _WAITS = {
     torch.ops.aten._local_scalar_dense.default,
     torch.ops.aten.item.default,
@@ -138,7 +139,7 @@ _WAITS = {
     torch.ops.aten._unique2.default,
     torch.ops.aten.unique_consecutive.default,
 }
-# Copies to the host that are no operator if the tensor is there already.
+# Copies to the host. If the tensor is on the host already, no operator runs.
 _COPIES = {torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist}
 
 
@@ -185,8 +186,8 @@ registry.callbacks.register("count_waits", func=CountWaits)
 
 
 def waits(config: DictConfig, folder: Path) -> list[Counter[str]]:
-    """What each batch waits for, in a run of the stock trainer."""
-    config.callbacks = {**config.callbacks, "count_waits": {}}  # the last one: it sees what the monitors do
+    """Run the stock trainer and return what the host waits for in each batch."""
+    config.callbacks = {**config.callbacks, "count_waits": {}}  # last, so that it sees the monitors' waits
     config.loggers = {"inmemory": {}}
     OmegaConf.save(config, folder / "config.yaml")
     trainer = train_from_yaml(str(folder / "config.yaml"))
@@ -196,13 +197,15 @@ def waits(config: DictConfig, folder: Path) -> list[Counter[str]]:
 
 
 def test_our_model_and_monitors_wait_for_no_more_than_the_stock_model(dataset, tmp_path):
-    """Counted on a CPU, where nothing waits: the operators and calls that would, in each of four batches.
+    """Count, in each of four batches, the operators and calls that would wait on a GPU. On a CPU nothing waits.
 
-    Stock is mpt_causal_lm with its own attention and loss; ours adds gates, z-loss, SDPA and both monitors. Both have
-    fused AdamW, since this is not about Composer's. The monitors are due in every other batch, and there alone copy.
+    Stock is mpt_causal_lm with its own attention and loss. Ours adds gates, z-loss, SDPA and both monitors. Both have
+    fused AdamW, because the test is not about Composer's optimizer. The monitors are due in every second batch, and
+    copy only there.
 
-    It does not see which tensors would be on the GPU, copies by `Tensor.to`, waits inside a kernel or a CUDA library,
-    allocations that wait, nor what code for CUDA alone does. `benchmarks.run --suite monitor` counts those on a GPU.
+    The test does not see which tensors would be on the GPU, copies by `Tensor.to`, waits inside a kernel or a CUDA
+    library, allocations that wait, or code that runs only with CUDA. `benchmarks.run --suite monitor` counts those on a
+    GPU.
     """
     overrides = [*TINY, f"variables.data={dataset}", "optimizer.fused=true"]
     ours = OmegaConf.merge(OmegaConf.load(REPOSITORY / "yamls/quickstart.yaml"), OmegaConf.from_cli(overrides))
@@ -216,9 +219,9 @@ def test_our_model_and_monitors_wait_for_no_more_than_the_stock_model(dataset, t
     stock.model.attn_config.attn_type = "multihead_attention"
     expected, found = waits(stock, tmp_path), waits(ours, tmp_path)
     assert len(expected) == len(found) == 4
-    # That Composer and foundry wait at all, for the loss that they log and for metrics, shows that waits are seen.
+    # Composer and foundry wait for the loss that they log and for metrics, which shows that the test sees waits.
     assert all(batch[str(torch.ops.aten._local_scalar_dense.default)] > 0 for batch in expected)
-    # Composer itself copies each entry of a loss dict to log it, and ours has two more: cross-entropy and z-loss.
+    # Composer copies each entry of a loss dict to log it. Ours has two more entries: cross-entropy and z-loss.
     allowed = [batch + Counter({"Tensor.cpu": 2}) for batch in expected]
     idle, due = sorted((found[::2], found[1::2]), key=lambda batches: batches[0].total())
     for batch, reference in zip(idle, allowed, strict=False):

@@ -1,4 +1,4 @@
-"""The stock trainer on a real data loader, from the YAML that a user starts with."""
+"""The stock trainer with a real data loader and the YAML that a user starts with."""
 
 import os
 import subprocess
@@ -40,7 +40,7 @@ RESUMED = ["wesar", "sigma_reparam", "wesar_adamw"]  # with gates, singular vect
 
 
 def train(data: Path, log_dir: Path, *overrides: str) -> dict[str, list[tuple[int, float]]]:
-    """Train quickstart.yaml, made tiny, and return what it logged: (step, value) pairs by metric."""
+    """Train quickstart.yaml, made tiny, and return what it logged: metric → (step, value) pairs."""
     paths = [f"variables.data={data}", f"loggers.tensorboard.log_dir={log_dir}"]
     trainer = train_from_yaml(str(REPOSITORY / "yamls/quickstart.yaml"), [*TINY, *paths, *overrides])
     [logger] = [d for d in trainer.logger.destinations if isinstance(d, InMemoryLogger)]
@@ -66,10 +66,10 @@ def train_methods(data: Path, log_dir: Path, methods: list[str], *overrides: str
 
 
 def test_every_method_on_two_fsdp2_processes_logs_what_one_process_does(dataset, tmp_path):
-    """Losses, gates, norms and update ratios of all methods.
+    """Losses, gates, norms and update ratios of all methods agree.
 
-    The two add up the same gradients in another order, 1e-7 relative a sum; over four steps 5e-6 was seen, and 5e-5 is
-    allowed. A missing rank or a wrong scale would be off by a factor.
+    Two processes add the same gradients in another order, which changes a sum by 1e-7 of its value. Over four steps
+    5e-6 was seen, and 5e-5 is allowed. A missing rank or a wrong scale would be a factor.
     """
     methods = names("method")
     one = train_methods(dataset, tmp_path / "one", methods, "device_train_microbatch_size=4")
@@ -82,7 +82,7 @@ def test_every_method_on_two_fsdp2_processes_logs_what_one_process_does(dataset,
 
 @pytest.mark.parametrize("method", RESUMED)
 def test_a_resumed_run_continues_to_the_bit(method, dataset, tmp_path):
-    """Stopped after two batches of four and started again from the checkpoint."""
+    """The run stops after two of four batches and starts again from the checkpoint."""
     options = [f"variables.method={method}"]
     whole = train(dataset, tmp_path / "whole", *options)
     save = [f"save_folder={tmp_path}/checkpoints", "save_interval=2ba"]
@@ -94,7 +94,7 @@ def test_a_resumed_run_continues_to_the_bit(method, dataset, tmp_path):
 
 
 def stop_resume_and_reload(data: Path, folder: Path, method: str) -> tuple[dict, dict[str, dict], dict]:
-    """A run in one go, its second half after a stop, by kind of checkpoint, and a run from a file made of its model."""
+    """Run without a stop, resume from each kind of checkpoint, and run from a file that was made of the model."""
 
     def options(checkpoints: str) -> list[str]:
         fsdp = f"fsdp_config={{sharding_strategy: FULL_SHARD, state_dict_type: {checkpoints}}}"
@@ -118,11 +118,11 @@ def stop_resume_and_reload_each(data: Path, folder: Path) -> dict[str, tuple[dic
 
 
 def test_two_fsdp2_processes_resume_to_the_bit_and_load_a_gated_file(dataset, tmp_path):
-    """By `autoresume`, from sharded and from whole checkpoints; and the file that `reparameterize` makes.
+    """With `autoresume`, from sharded and from whole checkpoints; and from the file that `reparameterize` makes.
 
-    To the bit as on one process, since the sum of two ranks has one order. The file has the held-out loss of the model
-    that it was made from, but for the rounding of α(W̄/α) to float32, 1e-7. With `load_monolith_rank0_only` and without
-    `init_device: mixed` WeSaR's is 3.4 and not 1.4. One process goes on from what the two saved, whole, as they do.
+    A resumed run is equal to the bit as on one process, because the sum over two ranks has only one order. The file has
+    the held-out loss of its model up to the rounding of α(W̄/α) to float32, 1e-7. With `load_monolith_rank0_only` and
+    without `init_device: mixed` WeSaR's loss would be 3.4 instead of 1.4.
     """
     runs = launch(stop_resume_and_reload_each, dataset, tmp_path, timeout=600)[0]
     for method, (whole, rest, loaded) in runs.items():
@@ -157,7 +157,7 @@ print("LOSSES", json.dumps([float(value) for _, value in logger.data["loss/train
 
 
 def test_the_stock_model_does_not_notice_the_plugin(dataset, tmp_path):
-    """The same losses, to the last bit, where the plugin's entry points are seen and where they are not."""
+    """The losses are equal to the last bit with and without the plugin's entry points."""
     from omegaconf import OmegaConf
 
     config = OmegaConf.merge(OmegaConf.load(REPOSITORY / "yamls/quickstart.yaml"), OmegaConf.from_cli(TINY))

@@ -1,4 +1,4 @@
-"""The paper's configurations, as the files of yamls/ give them to the trainer."""
+"""The paper's configurations, as the files in yamls/ give them to the trainer."""
 
 import math
 
@@ -18,7 +18,7 @@ from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM
     ("size", "d", "layers", "heads"), [("130m", 768, 12, 12), ("1.3b", 2048, 24, 16), ("13b", 5120, 40, 40)]
 )
 def test_table_10(size, d, layers, heads):
-    """With GELU (section 5.1), and W_e apart from W_p (Table 1); read off the model, without allocating a weight."""
+    """With GELU (section 5.1) and separate W_e and W_p (Table 1), read from the model without allocating a weight."""
     config = load_config(f"yamls/{size}.yaml")
     section = {**config["model"], "init_device": "meta"}
     assert section.pop("name") == "wesar_mpt_causal_lm"
@@ -45,7 +45,7 @@ def test_table_10(size, d, layers, heads):
 
 @pytest.mark.parametrize("size", ["130m", "1.3b", "13b"])
 def test_tables_3_and_11_are_not_overridden(size):
-    """`test_methods.py` checks the settings themselves; the corpus is the same in both."""
+    """`test_methods.py` tests the settings themselves. Both settings have the same corpus."""
     for setting in names("setting"):
         config = load_config(f"yamls/{size}.yaml", [f"variables.setting={setting}"])
         assert OmegaConf.merge(config, load("setting", setting)) == config
@@ -53,7 +53,7 @@ def test_tables_3_and_11_are_not_overridden(size):
 
 
 def test_the_llama_has_the_size_that_its_head_says():
-    """162.4M parameters in the rapid setting, and the gates that He's scales make of one σ."""
+    """162.4M parameters in the rapid setting, and the gates of He's scales over one σ."""
     config = load_config("yamls/llama-160m.yaml")
     assert OmegaConf.merge(config, {"optimizer": {"lr": 1e-3, "weight_decay": 0.01}}) == config
     assert config["optimizer"]["name"] == "wesar_adamw" and config["optimizer"]["max_norm"] == 1.0

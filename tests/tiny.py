@@ -1,4 +1,4 @@
-"""A model small enough for every test, and its pieces."""
+"""Build a model that is small enough for every test, and its parts."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ PAPER_SIGMA = 4e-5**0.5
 
 
 def model_config(method: str | None = None, **overrides: Any) -> dict[str, Any]:
-    """The `model` section of a config, without its name: the paper's architecture at d = 32, N = 2, V = 97."""
+    """Return the `model` section of a config without its name: the paper's architecture at d = 32, N = 2, V = 97."""
     config: dict[str, Any] = {
         "d_model": 32,
         "n_layers": 2,
@@ -36,17 +36,17 @@ def model_config(method: str | None = None, **overrides: Any) -> dict[str, Any]:
 
 
 def build(method: str | None = "wesar", seed: int = 0, **overrides: Any) -> ComposerWeSaRMPTCausalLM:
-    """The model of a method, on the CPU."""
+    """Build the model of a method on the CPU."""
     torch.manual_seed(seed)
     return ComposerWeSaRMPTCausalLM(**model_config(method, **overrides))
 
 
 def batch(sequences: int = 3, length: int = 16, seed: int = 1) -> dict[str, torch.Tensor]:
-    """Random tokens, all of them with a target."""
+    """Draw random tokens; each of them is also a target."""
     ids = torch.randint(0, 97, (sequences, length), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "labels": ids.clone()}
 
 
 def within_sampling_error(weight, std):
-    """Six standard errors of the standard deviation of n normal draws, σ/√2n: one false alarm in 10⁹ matrices."""
+    """Compare with std within six standard errors of n normal draws, σ/√2n: one false alarm in 10⁹ matrices."""
     return abs(weight.std(correction=0).item() - std) < 6 * std / math.sqrt(2 * weight.numel())

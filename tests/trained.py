@@ -1,4 +1,4 @@
-"""Small models of every kind, trained for a few steps on real text by the stock trainer."""
+"""Train small models of every kind for a few steps on real text with the stock trainer."""
 
 import os
 from dataclasses import dataclass
@@ -30,13 +30,13 @@ TINY = [
     "model.norm_eps=1e-3",
     "model.attn_config.rope_theta=500",
     "scheduler.t_warmup=2ba",
-    "optimizer.lr=2e-2",  # moves the gates and norms well away from where they start
+    "optimizer.lr=2e-2",  # moves the gates and norms far from their start
     "callbacks.update_ratio_monitor=null",
     "callbacks.gate_monitor=null",
     "loggers=null",
     "log_to_console=false",
 ]
-# What to train, by name: every method, and the shapes and options that they do not have.
+# Name → overrides: every method, and shapes and options that no method has.
 CASES = {method: [f"variables.method={method}"] for method in names("method")} | {
     "row_gates": ["model.fc_type.gate_shape=row"],
     "column_gates": ["model.fc_type.gate_shape=column"],
@@ -53,9 +53,9 @@ CASES = {method: [f"variables.method={method}"] for method in names("method")} |
         "model.logit_scale=0.5",
     ],
 }
-# Gates as parameters and as buffers, other buffers, and a Llama.
+# Gates as parameters, gates as buffers, other buffers, and a GLU, which is exported as a Llama.
 SHARDED = ["wesar", "wesar_fixed", "sigma_reparam", "glu"]
-# These have a norm where neither a Llama nor a plain MPT has one.
+# Method → its key for a norm that neither a Llama nor a plain MPT has.
 INEXPRESSIBLE = {"sigma_reparam_post_ln": "norm_placement", "embedding_norm": "embedding_norm"}
 EXPRESSIBLE = sorted(CASES.keys() - INEXPRESSIBLE.keys())
 
@@ -65,9 +65,9 @@ class Trained:
     """A finished run.
 
     Attributes:
-        folder: Its save_folder.
-        ids: Real text, (4, LENGTH).
-        logits: What the model computes for it.
+        folder: The run's save_folder.
+        ids: Tokens of real text, (4, LENGTH).
+        logits: The model's logits for `ids`.
     """
 
     folder: Path
@@ -76,7 +76,7 @@ class Trained:
 
 
 def prepare_text(folder: Path) -> Path:
-    """The source of a module of the standard library as a tokenizer and token shards, by the project's own tool."""
+    """Tokenize the source of a module of the standard library with the project's own tool."""
     source = folder / "text.txt"
     source.write_text(TEXT)
     prepare(folder / "data", [source], sequence_length=LENGTH, vocab_size=VOCABULARY, val_fraction=0)
@@ -84,7 +84,7 @@ def prepare_text(folder: Path) -> Path:
 
 
 def train(data: Path, *overrides: str, yaml: Path = REPOSITORY / "yamls/quickstart.yaml") -> Any:
-    """Train quickstart.yaml, or another one, made tiny, and return the finished trainer."""
+    """Train quickstart.yaml, or another YAML, made tiny, and return the finished trainer."""
     trainer = train_from_yaml(str(yaml), [*TINY, f"variables.data={data}", *overrides])
     trainer.close()
     return trainer
@@ -98,7 +98,7 @@ def train_case(data: Path, folder: Path, *overrides: str) -> Trained:
 
 
 def train_cases(data: Path, folder: Path) -> dict[str, Trained]:
-    """Train every case, with merged models in the same folder where a plain model can express it."""
+    """Train every case. If a plain model can compute the same, write merged models into the same folder."""
     runs = {}
     for case, overrides in CASES.items():
         saves = [merged_saves(folder / case)] if case in EXPRESSIBLE else []
@@ -107,7 +107,7 @@ def train_cases(data: Path, folder: Path) -> dict[str, Trained]:
 
 
 def train_sharded(data: Path, folder: Path) -> dict[str, Trained]:
-    """Train on this job's processes, with sharded checkpoints and merged models in the same folders."""
+    """Train on the two processes of this job, with sharded checkpoints and merged models in the same folders."""
     fsdp = ["fsdp_config={sharding_strategy: FULL_SHARD, state_dict_type: sharded}", "model.init_device=mixed"]
     runs = {}
     for case in SHARDED:
@@ -117,24 +117,24 @@ def train_sharded(data: Path, folder: Path) -> dict[str, Trained]:
 
 
 def merged_saves(folder: Path, precision: str = "float32") -> str:
-    """The override that adds the callback."""
+    """Return the override that adds the callback merged_hf_checkpointer."""
     return f"callbacks.merged_hf_checkpointer={{save_folder: {folder}, save_interval: 2ba, precision: {precision}}}"
 
 
 def text_ids(tokenizer: Any) -> Tensor:
-    """Four passages of the text, (4, LENGTH)."""
+    """Return the tokens of four passages of the text, (4, LENGTH)."""
     ids = [tokenizer(TEXT[1000 * i :][:500]).input_ids[:LENGTH] for i in range(4)]
     return torch.tensor(ids)
 
 
 def logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
-    """Those of a Hugging Face model in evaluation, in float32."""
+    """Compute the logits of a Hugging Face model in evaluation mode, in float32."""
     model.eval()
     with torch.no_grad():
         return model(ids).logits.float()
 
 
 def assert_same_logits(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
-    """Both in norm and in the worst entry, relative to the largest."""
+    """Compare in norm and in the worst entry, relative to the largest."""
     assert ((ours - theirs).norm() / theirs.norm()).item() < tolerance
     assert ((ours - theirs).abs().max() / theirs.abs().max()).item() < tolerance

@@ -1,6 +1,6 @@
 """Load exported folders with a current transformers, which foundry's pin keeps out of the test environment.
 
-It is installed beside that environment's packages and put in front of them in a process of its own:
+It is installed in a folder of its own, and a separate process puts that folder before the environment's packages:
 
     pip install --no-deps --target PREFIX/transformers5 -r tests/requirements-transformers5.txt
 
@@ -19,29 +19,29 @@ PACKAGES = Path(sys.prefix) / "transformers5"
 
 
 def load_in_transformers5(folders: dict[str, Path], prompts: torch.Tensor, text: str, out: Path) -> dict[str, Any]:
-    """What each exported model is and computes there.
+    """Load each exported model there and compute with it.
 
     Args:
-        folders: By name.
+        folders: Name → folder.
         prompts: (B, S), token ids.
-        text: To be tokenized by the tokenizers in the folders.
+        text: A text for the tokenizers in the folders.
         out: A file to write.
 
     Returns:
         For each folder `class`, `dtype`, `unexpected` and `missing` keys of its files, `logits` of the prompts in
-        float32, what `greedy` generation adds to the prompts `cached` and `uncached`, and the `ids` of the text.
+        float32, the `greedy` continuations of the prompts `cached` and `uncached`, and the `ids` of the text.
     """
     folders_as_text = {name: str(path) for name, path in folders.items()}
     return _run({"task": "load", "folders": folders_as_text, "prompts": prompts, "text": text}, out)
 
 
 def fine_tune_in_transformers5(folder: Path, ids: torch.Tensor, steps: int, out: Path) -> list[float]:
-    """Train an exported folder on some text with peft's LoRA, as docs/tools.md says, and save the merged model.
+    """Train an exported folder with peft's LoRA, as docs/tools.md says, and save the merged model.
 
     Args:
-        folder: What `export` wrote.
-        ids: (B, S), the text.
-        steps: Of AdamW.
+        folder: A folder that `export` has written.
+        ids: (B, S), the tokens of the text.
+        steps: Number of steps of AdamW.
         out: A folder to write.
 
     Returns:

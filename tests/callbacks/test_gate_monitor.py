@@ -1,4 +1,4 @@
-"""The gate monitor on one process; `test_sharded` has it on two."""
+"""The gate monitor on one process. `test_sharded` tests it on two."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.callbacks.training import SCALAR_GATED, VECTOR_GATED, Watched, regres
 
 
 class Gates(Callback):
-    """The gates at the start of each step."""
+    """Keeps the gates at the start of each step."""
 
     def __init__(self) -> None:
         self.values: dict[str, dict[int, torch.Tensor]] = {}
@@ -43,7 +43,7 @@ def test_nothing_happens_on_other_steps() -> None:
     train(model, torch.optim.SGD(model.parameters(), lr=0.1), [watched])
     operations = {event: operations for event, operations in watched.operations.items() if operations}
     assert set(operations) == {("after_train_batch", 0), ("after_train_batch", 3)}
-    # Nor does a due step read single values, each of which would wait for a GPU: they come in one transfer.
+    # A due step reads all values in one transfer. Each value on its own would wait for a GPU.
     assert not any("aten::_local_scalar_dense" in names for names in operations.values())
 
 

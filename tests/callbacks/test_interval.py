@@ -14,21 +14,21 @@ EPOCH, STEPS = 5, 13
 DUE = {
     "1ba": range(STEPS),
     "4ba": (0, 4, 8, 12),
-    "5ba": (0, 5, 10),  # passed by the last step of each epoch
+    "5ba": (0, 5, 10),  # the last step of each epoch passes a multiple
     "20ba": (0,),
     "1ep": (0, 5, 10),
     "2ep": (0, 10),
     f"{3 * BATCH}sp": (0, 3, 6, 9, 12),
-    f"{3 * BATCH - 1}sp": (0, 3, 6, 9, 12),  # 23, 46, 69 and 92 samples are passed by the steps 2, 5, 8 and 11
+    f"{3 * BATCH - 1}sp": (0, 3, 6, 9, 12),  # steps 2, 5, 8 and 11 pass 23, 46, 69 and 92 samples
     f"{BATCH // 2}sp": range(STEPS),  # several multiples in a step
     f"{4 * BATCH}tok": (0, 4, 8, 12),
-    "0.25dur": (0, 4, 7, 10),  # of 13 steps: 3.25, 6.5, 9.75
+    "0.25dur": (0, 4, 7, 10),  # quarters of 13 steps: 3.25, 6.5, 9.75
     "0.1dur": (0, 2, 3, 4, 6, 7, 8, 10, 11, 12),
 }
 
 
 class Probe(IntervalCallback):
-    """Notes the due steps."""
+    """Keeps the due steps."""
 
     def __init__(self, interval: str):
         super().__init__(interval)
@@ -62,7 +62,7 @@ def test_resumed_run_has_the_due_steps_of_an_uninterrupted_one(tmp_path: Path) -
 
 
 def test_part_of_training_counted_in_epochs() -> None:
-    """Two epochs of 5 steps: a part need not be whole epochs, and 0.6 of one is 3 × 0.2, whatever floats say."""
+    """Two epochs of 5 steps. A part need not be whole epochs, and 0.6 is 3 × 0.2 in spite of float rounding."""
     due = _run("2ep")
     assert due["0.25dur"] == [0, 3, 5, 8]
     assert due["0.1dur"] == list(range(10))

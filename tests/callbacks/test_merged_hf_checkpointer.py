@@ -30,7 +30,7 @@ def _assert_saved(run: Trained) -> None:
     assert sorted(path.name for path in saved.iterdir()) == ["ba2", "ba4"]
     assert not [name for name in load_file(saved / "ba4" / "model.safetensors") if name.endswith((".gate", ".left"))]
     model, _ = load(saved / "ba4")
-    assert_same_logits(logits(model, run.ids), run.logits, 1e-5)  # as in test_conversion
+    assert_same_logits(logits(model, run.ids), run.logits, 1e-5)  # same reason as in test_conversion
     earlier, _ = load(saved / "ba2")
     assert not torch.allclose(logits(earlier, run.ids), run.logits, rtol=1e-2)
 
@@ -46,7 +46,7 @@ def test_two_fsdp2_processes_save_what_they_trained(case, sharded):
 
 
 def test_it_writes_what_export_does_and_rounds_once(text_data, tmp_path):
-    """The same files but for names of folders: merged in float32 and then rounded to bfloat16."""
+    """The same files as from `export`, except for folder names: merged in float32 and then rounded to bfloat16."""
     _train(text_data, tmp_path, "wesar", precision="bfloat16")
     export(tmp_path, tmp_path / "out", dtype="bfloat16")
     saved = tmp_path / "huggingface" / "ba4"
@@ -72,7 +72,7 @@ def test_a_stock_model_has_nothing_to_merge(text_data, tmp_path):
 
 @pytest.mark.parametrize("name", ["..", ".", "", "../..", "/absolute", "ba{batch}/..", "{run_name}"])
 def test_a_name_that_is_no_folder_below_is_refused_before_training(name, text_data, tmp_path):
-    """Such a name once removed everything there, the run's checkpoints too; here the run is called `..`."""
+    """The run is called `..`. Such a name once removed everything in the folder, with the run's checkpoints."""
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "huggingface").mkdir()
     (tmp_path / "huggingface" / "mine").write_text("mine")
@@ -89,9 +89,9 @@ def test_a_name_that_is_no_folder_below_is_refused_before_training(name, text_da
 
 
 def test_names_that_foundrys_checkpointer_accepts_are_accepted(text_data, tmp_path):
-    """A slash at the end, a folder in a folder, a name without a number, which is written again and again.
+    """A trailing slash, a folder in a folder, and a name without a number, which is written again and again.
 
-    What somebody else put into a folder that is written again stays.
+    Files that somebody else put into a folder stay when it is written again.
     """
     (tmp_path / "huggingface" / "latest").mkdir(parents=True)
     (tmp_path / "huggingface" / "latest" / "mine").write_text("mine")

@@ -1,4 +1,4 @@
-"""The monitors on two processes, under each way to spread a model, against one process on the same batches."""
+"""The monitors on two processes, under each way to distribute a model, against one process on the same batches."""
 
 from collections import Counter
 from typing import Any
@@ -28,21 +28,21 @@ from tests.callbacks.training import (
 from tests.distributed import launch
 
 NETS = (Net, PlainNet)  # gates in layers, gates in the optimizer
-# Hybrid sharding is not among them: torch 2.7's FSDP2 needs CUDA for it, and Composer ignores a mesh that it is given.
+# Hybrid sharding is missing: torch 2.7's FSDP2 needs CUDA for it, and Composer ignores a given mesh.
 SPREADS = ("ddp", "fsdp2", "fsdp1")
 
 
 def _monitored(spread: str, net: type[Net] = Net) -> tuple[dict[str, dict[int, float]], dict[str, Counter[str]]]:
-    """What the monitors log in a run, and the collectives of their second step.
+    """Return what the monitors log in a run, and the collectives of their second step.
 
-    Layers with gates are trained by SGD, plain ones by `WeSaRAdamW`, which counts the collectives of its own steps.
+    SGD trains layers with gates. `WeSaRAdamW` trains plain ones and counts the collectives of its own steps.
     """
     model = regression(net)
     fsdp: Any = None
     if spread == "fsdp2":
         fsdp = {}
     elif spread == "fsdp1":
-        # Composer's own FSDP1 needs CUDA; torch's does not.
+        # Composer's own FSDP1 needs CUDA, torch's does not.
         policy = ModuleWrapPolicy({Block})
         model.net = FSDP1(model.net, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
     watched = {"updates": Watched(UpdateRatioMonitor("1ba")), "gates": Watched(GateMonitor("1ba"))}
@@ -62,7 +62,7 @@ def _monitored(spread: str, net: type[Net] = Net) -> tuple[dict[str, dict[int, f
 
 
 def _flat_parameters() -> str:
-    """The monitors' answer to FSDP1 without `use_orig_params`."""
+    """Return the monitors' error under FSDP1 without `use_orig_params`."""
     model = regression()
     model.net = FSDP1(model.net, use_orig_params=False, device_id=torch.device("cpu"))
     with pytest.raises(ValueError) as error:
@@ -71,7 +71,7 @@ def _flat_parameters() -> str:
 
 
 def _monitored_everywhere() -> dict[str, Any]:
-    """All of it in one job: starting one takes longer than all runs."""
+    """Run all cases in one job, because starting a job takes longer than all runs."""
     runs = {(net.__name__, spread): _monitored(spread, net) for net in NETS for spread in SPREADS}
     return {**runs, "flat": _flat_parameters()}
 
@@ -100,7 +100,10 @@ def test_names_are_plain_module_paths(one_process: dict[str, dict]) -> None:
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("spread", SPREADS)
 def test_two_processes_log_what_one_does(spread: str, net: type[Net], two_processes: list, one_process: dict) -> None:
-    """Same keys, steps and values on both ranks; 1e-5 because gradients and squares are added up in another order."""
+    """Keys, steps and values are equal on both ranks.
+
+    1e-5, because gradients and squares are added in another order.
+    """
     for rank in two_processes:
         metrics, _ = rank[net.__name__, spread]
         assert metrics.keys() == one_process[net.__name__].keys()
@@ -110,10 +113,10 @@ def test_two_processes_log_what_one_does(spread: str, net: type[Net], two_proces
 
 @pytest.mark.parametrize("spread", SPREADS)
 def test_a_step_costs_one_collective(spread: str, two_processes: list) -> None:
-    """Besides it, the two layers with vector gates are gathered before and after the step, if they are sharded."""
+    """In addition, the two layers with vector gates are gathered before and after the step, if they are sharded."""
     gathers = {
         "fsdp2": {"_c10d_functional::all_gather_into_tensor": 8},  # W and α of each
-        "fsdp1": {"c10d::allgather_": 2},  # the unit that holds both
+        "fsdp1": {"c10d::allgather_": 2},  # the FSDP unit that holds both
     }
     for rank in two_processes:
         _, found = rank["Net", spread]
@@ -123,7 +126,7 @@ def test_a_step_costs_one_collective(spread: str, two_processes: list) -> None:
 
 @pytest.mark.parametrize("spread", SPREADS)
 def test_a_step_of_the_optimizer_costs_one_collective(spread: str, two_processes: list) -> None:
-    """None where each rank has all gradients."""
+    """It needs none where each rank has all gradients."""
     for rank in two_processes:
         _, found = rank["PlainNet", spread]
         assert found["step"] == ({} if spread == "ddp" else {"c10d::allreduce_": 1})

@@ -1,4 +1,4 @@
-"""Update ratios against full copies of the model in float64, taken around the same optimizer steps."""
+"""Update ratios against full copies of the model in float64, taken before and after the same optimizer steps."""
 
 import copy
 import math
@@ -22,7 +22,7 @@ from tests.callbacks.training import MATRICES, SCALAR_GATED, STEPS, VECTOR_GATED
 
 
 class Copies(Callback):
-    """The metrics from a copy of the whole model before each step, with every virtual weight formed."""
+    """Computes the metrics from a copy of the whole model before each step, with every virtual weight formed."""
 
     def __init__(self) -> None:
         self.metrics: dict[str, dict[int, float]] = {}
@@ -61,14 +61,17 @@ class Copies(Callback):
 
 
 def monitored(model: Any, optimizer: Optimizer, *callbacks: Callback, **trainer: Any) -> dict[str, dict[int, float]]:
-    """What the monitor logs if it measures every step."""
+    """Return what the monitor logs if it measures every step."""
     logged = train(model, optimizer, [UpdateRatioMonitor("1ba"), *callbacks], **trainer)
     return {key: values for key, values in logged.items() if key.split("/")[0] in METRICS}
 
 
 def agrees(measured: dict[str, dict[int, float]], copies: Copies, tolerance: float = 1e-5) -> bool:
-    """Whether keys, steps and values agree; norms of up to 78 elements in float32 have rounding errors of some 1e-7,
-    and ‖W'-W‖ of about 1e-2 ‖W‖ a hundred times that."""
+    """Check that keys, steps and values agree.
+
+    Norms of up to 78 elements in float32 have rounding errors of about 1e-7. ‖W'−W‖ is about 1e-2 ‖W‖, so its error is
+    a hundred times as large.
+    """
     assert measured.keys() == copies.metrics.keys()
     for key, values in copies.metrics.items():
         assert measured[key] == pytest.approx(values, rel=tolerance), key
@@ -80,7 +83,7 @@ def _sgd(model: nn.Module) -> Optimizer:
 
 
 def _nesterov(model: nn.Module) -> Optimizer:
-    # Writes the direction of its step over the gradients.
+    # Overwrites the gradients with the direction of its step.
     return SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, foreach=True)
 
 
@@ -103,7 +106,7 @@ def test_metrics_are_those_of_full_copies(optimizer: Any) -> None:
 
 
 def test_clipped_gradients_under_a_moving_schedule() -> None:
-    """For plain SGD the update ratio is lr·‖g‖/‖W‖, with that very step's clipped gradient and learning rate."""
+    """For plain SGD the update ratio is lr·‖g‖/‖W‖, with the clipped gradient and learning rate of the same step."""
     model = regression()
     copies = Copies()
     measured = monitored(
@@ -119,12 +122,12 @@ def test_clipped_gradients_under_a_moving_schedule() -> None:
     for step, lr in enumerate(copies.lr, start=1):
         for name in MATRICES:
             gradient, weight = (measured[f"{metric}/{name}"][step] for metric in ("grad_norm", "weight_norm"))
-            # W' is rounded to float32, an error of 3e-8 ‖W‖ beside updates of 1e-4 ‖W‖ and more.
+            # Rounding W' to float32 gives an error of 3e-8 ‖W‖. The updates are 1e-4 ‖W‖ or more.
             assert measured[f"update_ratio/{name}"][step] == pytest.approx(lr * gradient / weight, rel=1e-3)
 
 
 def test_bfloat16_parameters_are_summed_in_float32() -> None:
-    """Differences of neighbouring bfloat16 values are exact; sums of squares in bfloat16 would be off by 1e-2."""
+    """Differences of neighbouring bfloat16 values are exact. Sums of squares in bfloat16 would be wrong by 1e-2."""
     model = regression().bfloat16()
     copies = Copies()
     measured = monitored(model, SGD(model.parameters(), lr=0.1), copies)
@@ -132,13 +135,13 @@ def test_bfloat16_parameters_are_summed_in_float32() -> None:
         key for key in measured if key.startswith("virtual") and key.partition("/")[2] in VECTOR_GATED
     }
     assert len(virtual_of_vectors) == 4
-    for key in virtual_of_vectors:  # these are formed in bfloat16, as the forward pass forms them
+    for key in virtual_of_vectors:  # formed in bfloat16, as in the forward pass
         assert measured.pop(key) == pytest.approx(copies.metrics.pop(key), rel=0.2)
     assert agrees(measured, copies)
 
 
 class SkipsOddSteps(SGD):
-    """As a gradient scaler does after an overflow."""
+    """Skips odd steps, as a gradient scaler skips a step after an overflow."""
 
     calls = 0
 
@@ -160,7 +163,7 @@ def test_skipped_step_has_ratio_zero() -> None:
 
 
 class Rescaling(SGD):
-    """Moves scale from the gates to the weights, by another factor each step."""
+    """Moves a factor from the gates to the weights, another factor in each step."""
 
     def step(self, closure: Any = None) -> Any:
         with torch.enable_grad():
@@ -173,7 +176,10 @@ class Rescaling(SGD):
 
 
 def test_virtual_weight_that_stands_still() -> None:
-    """αW stays while both move: a difference of sums of squares with relative errors of 1e-7 each, so of root 3e-4."""
+    """αW stays while α and W move.
+
+    Its update is the root of a difference of sums with errors of 1e-7, so 3e-4 is allowed.
+    """
     model = regression()
     layers = [model.get_submodule(name) for name in sorted(SCALAR_GATED)]
     parameters = [parameter for layer in layers for parameter in (layer.weight, layer.gate)]
@@ -184,7 +190,7 @@ def test_virtual_weight_that_stands_still() -> None:
 
 
 class Oddities(nn.Module):
-    """Matrices with nothing to divide by, nothing to move or nothing to differentiate."""
+    """Matrices that are zero, do not move, or have no gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,11 +215,11 @@ def test_zeros_nan_frozen_unused_and_sparse() -> None:
     assert measured["weight_norm/net.zero"][1] == 0
     assert measured["update_ratio/net.zero"][1] == math.inf
     assert 0 < measured["update_ratio/net.zero"][2] < math.inf
-    assert set(measured["update_ratio/net.dead"].values()) == {0}  # 0/0: its gradient vanishes too
+    assert set(measured["update_ratio/net.dead"].values()) == {0}  # 0/0: its gradient is 0 too
     assert set(measured["grad_norm/net.unused"].values()) == set(measured["update_ratio/net.unused"].values()) == {0}
     for metric in ("update_ratio", "weight_norm"):
         assert all(map(math.isnan, measured[f"{metric}/net.broken"].values()))
-    # The gradient of a row that occurs twice is in two parts; plain SGD moves by lr times their sum.
+    # The gradient of a row that occurs twice has two parts. Plain SGD moves by lr times their sum.
     for step in range(1, STEPS + 1):
         ratio, gradient, weight = (
             measured[f"{m}/net.sparse"][step] for m in ("update_ratio", "grad_norm", "weight_norm")
@@ -227,12 +233,12 @@ def test_nothing_happens_on_other_steps() -> None:
     train(model, _sgd(model), [watched])
     operations = {event: operations for event, operations in watched.operations.items() if operations}
     assert set(operations) == {("after_train_batch", 0), ("batch_end", 1), ("after_train_batch", 3), ("batch_end", 4)}
-    # Nor does a due step read single values, each of which would wait for a GPU: they come in one transfer.
+    # A due step reads all values in one transfer. Each value on its own would wait for a GPU.
     assert not any("aten::_local_scalar_dense" in names for names in operations.values())
 
 
 def test_snapshot_only_for_update_ratios() -> None:
-    """Other metrics need no copy, and scalar gates need no virtual weight."""
+    """Other metrics need no copy of the weights, and scalar gates need no virtual weight."""
     copied = {}
     for metrics in (METRICS, ("weight_norm", "virtual_weight_norm", "grad_norm")):
         model = regression()

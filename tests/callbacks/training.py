@@ -1,4 +1,4 @@
-"""A small model with every kind of layer that the monitors tell apart, and a real trainer around it."""
+"""A small model with every kind of layer that the monitors distinguish, and a real trainer."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from llmfoundry_wesar.layers import GatedEmbedding, GatedLinear, WeightNormLinea
 BATCH, STEPS = 8, 4
 VOCABULARY, WIDTH = 11, 6
 
-# What the monitors must call the trainable matrices of `Net`, on any number of processes.
+# The names that the monitors must give the trainable matrices of `Net`, on any number of processes.
 MATRICES = {"net.embedding", *(f"net.blocks.{i}.{name}" for i in (0, 1) for name in ("up", "down")), "net.offset"}
 MATRICES |= {"net.row", "net.norm", "net.head"}
 SCALAR_GATED = {"net.embedding", "net.blocks.0.up", "net.blocks.1.up"}
@@ -61,7 +61,7 @@ class Net(nn.Module):
 
 
 class PlainNet(Net):
-    """The same without gates."""
+    """The same net without gates."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +85,7 @@ class Regression(ComposerModel):
 
 
 def regression(net: Callable[[], nn.Module] = Net) -> Regression:
-    """A model with the same random weights each time."""
+    """Build a model with the same random weights at each call."""
     torch.manual_seed(0)
     return Regression(net())
 
@@ -97,15 +97,15 @@ def train(
     steps_per_epoch: int = STEPS,
     **trainer: Any,
 ) -> dict[str, dict[int, float]]:
-    """Train, by default for one epoch, on batches that do not depend on the number of processes.
+    """Train on batches that do not depend on the number of processes, by default for one epoch.
 
     Returns:
-        What was logged: key -> {number of finished steps: value}.
+        What was logged: key → {number of finished steps: value}.
     """
     random = torch.Generator().manual_seed(1)
     ids = torch.randint(VOCABULARY, (steps_per_epoch * BATCH,), generator=random)
     data = TensorDataset(ids, torch.randn(len(ids), 3, generator=random))
-    # Unshuffled, n ranks take every n-th sample: together the batch of one process.
+    # Without shuffling each of n ranks takes every n-th sample, so together they have the batch of one process.
     loader = DataLoader(data, BATCH // dist.get_world_size(), sampler=dist.get_sampler(data))
     logger = InMemoryLogger()
     Trainer(
@@ -120,7 +120,7 @@ def train(
 
 
 class Watched(Callback):
-    """Runs a callback, and keeps the names of the operations that each of its events ran on this process's tensors."""
+    """Runs a callback and keeps the names of the operations that each of its events ran on this process's tensors."""
 
     def __init__(self, callback: Callback):
         self.callback = callback
@@ -133,7 +133,7 @@ class Watched(Callback):
 
 
 def collectives(operations: list[str]) -> Counter[str]:
-    """How often each kind of collective was among the operations."""
+    """Count each kind of collective among the operations."""
     return Counter(name for name in operations if "c10d" in name and "wait" not in name)
 
 
@@ -169,6 +169,6 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # DTensor turns it into operations on local tensors, which come here again
+            return NotImplemented  # DTensor turns it into operations on local tensors, which arrive here again
         self.operations.append(func._schema.name)
         return func(*args, **(kwargs or {}))

@@ -1,4 +1,4 @@
-"""Reading, order and split of the documents; what becomes of them is in test_shards.py."""
+"""Reading, order and split of the documents. test_shards.py tests the later steps."""
 
 import gzip
 import json
@@ -42,7 +42,10 @@ WRITERS = {
 
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_every_packing_of_both_formats_gives_the_texts_exactly(tmp_path, suffix):
-    """Line ends and characters beyond ASCII included; a .txt file is one document, a .jsonl line is one."""
+    """Line ends and characters beyond ASCII are kept.
+
+    A .txt file is one document, and so is a line of a .jsonl file.
+    """
     text = "first\r\nsecond\n\n漢字\n"
     WRITERS[suffix](tmp_path / f"a.jsonl{suffix}", (jsonl(TEXTS) + "\n\n").encode())
     WRITERS[suffix](tmp_path / f"b.txt{suffix}", text.encode())
@@ -51,16 +54,16 @@ def test_every_packing_of_both_formats_gives_the_texts_exactly(tmp_path, suffix)
 
 @pytest.mark.parametrize("name", ["wiki.test.raw", "wiki.test.tokens.gz"])
 def test_wikitext_is_cut_into_articles_and_nothing_else(tmp_path, name):
-    """At headings of the first level, in place of the line end before them; sections stay where they are."""
+    """The file is cut at headings of the first level, without the line end before them. Sections are not cut."""
     WRITERS[(tmp_path / name).suffix if name.endswith("gz") else ""](tmp_path / name, WIKITEXT.encode())
     texts = [document.text for document in corpus_of(tmp_path)]
     assert [text.splitlines()[0] for text in texts] == [" = First = ", " = Second ( article ) = "]
-    # The blank line before the first heading is of no article.
+    # The blank line before the first heading belongs to no article.
     assert "\n".join([" ", *texts]) == WIKITEXT
 
 
 def test_long_txt_file_is_cut_at_line_ends(tmp_path, monkeypatch):
-    """Into documents of bounded size that join to the file, so that one big file has a val split too."""
+    """The documents have a bounded size and join to the file, so that one large file has a val split too."""
     monkeypatch.setattr(corpus_module, "TXT_BYTES", 1_000)
     text = "".join(text + "\n" for text in TEXTS)
     (tmp_path / "a.txt").write_text(text)
@@ -74,7 +77,7 @@ def test_long_txt_file_is_cut_at_line_ends(tmp_path, monkeypatch):
 
 
 def test_split_depends_on_text_and_seed_alone(tmp_path):
-    """Equal texts are never in both splits, whatever surrounds them; the share is binomial, so within 4 sd."""
+    """Equal texts are never in both splits, with any other texts around them. The share is binomial: within 4 sd."""
     (tmp_path / "a.jsonl").write_text(jsonl(TEXTS))
     (tmp_path / "b.jsonl").write_text(jsonl(reversed(TEXTS)))
     val = [document.text for document in corpus_of(tmp_path) if document.split == "val"]
@@ -87,7 +90,7 @@ def test_split_depends_on_text_and_seed_alone(tmp_path):
 
 
 def test_shuffle_keeps_every_document_within_the_memory_bound(tmp_path, monkeypatch):
-    """With a buffer far smaller than the text: same documents, other order, repeatable, set by the seed."""
+    """With a buffer much smaller than the text: the same documents in another order, which the seed determines."""
     (tmp_path / "a.jsonl").write_text(jsonl(TEXTS))
     monkeypatch.setattr(corpus_module, "SHUFFLE_BYTES", 10_000)
     order = [TEXTS.index(document.text) for document in corpus_of(tmp_path, shuffle=True)]
@@ -96,13 +99,13 @@ def test_shuffle_keeps_every_document_within_the_memory_bound(tmp_path, monkeypa
     assert order != [TEXTS.index(document.text) for document in corpus_of(tmp_path, shuffle=True, seed=18)]
     adjacent = sum(after - before == 1 for before, after in pairwise(order))
     assert adjacent < len(order) / 50
-    # 10,000 bytes are at most 250 of these documents, so none can come earlier than that.
+    # 10,000 bytes are at most 250 of these documents, so no document can move forward by more than that.
     assert all(number - place < 250 for place, number in enumerate(order))
 
 
 @pytest.mark.parametrize("hub", [False, True])
 def test_shuffle_mixes_the_order_of_files(tmp_path, monkeypatch, hub):
-    """Those of a Hugging Face data set too, so that a token budget is not spent on the first of them alone."""
+    """The files of a Hugging Face data set too, so that a token budget does not go only into the first files."""
     monkeypatch.setattr(corpus_module, "SHUFFLE_BYTES", 0)
     for name in range(20):
         (tmp_path / f"{name:02}.jsonl").write_text(jsonl([str(name)]))
@@ -114,7 +117,7 @@ def test_shuffle_mixes_the_order_of_files(tmp_path, monkeypatch, hub):
 
 
 def test_hugging_face_source_names_configuration_and_split(tmp_path):
-    """`datasets` reads a local folder with the header of a card as it reads one on the Hub."""
+    """`datasets` reads a local folder with a card's header in the same way as one on the Hub."""
     card = "configs:\n" + "".join(
         f"- config_name: {name}\n  data_files:\n  - {{split: train, path: {name}_train.jsonl}}\n"
         f"  - {{split: test, path: {name}_test.jsonl}}\n"

@@ -9,7 +9,10 @@ from tests.evaluation_files import ANSWERS, LAMBADA, WIKITEXT, write
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_harness_asks_what_the_files_say(packed, tmp_path):
-    """Prompt and right answer of each of SuperGLUE's tasks; a wrong order of labels would score the opposite."""
+    """Prompt and right answer of each SuperGLUE task.
+
+    With a wrong order of labels the harness would score the opposite.
+    """
     tasks, missing = _harness_tasks(list(TASKS), write(tmp_path / "data", packed))
     assert not missing and list(tasks) == list(TASKS)
     for name, (prompt, answer) in ANSWERS.items():
@@ -21,7 +24,7 @@ def test_the_harness_asks_what_the_files_say(packed, tmp_path):
         assert (target if isinstance(target, str) else choices[target]) == answer, name
         assert task.config.num_fewshot == 3 and task.has_training_docs(), name
     assert [document["text"] for document in tasks["lambada"].eval_docs] == LAMBADA
-    # Articles, as test_corpus has them.
+    # Articles are tested in test_corpus.
     assert "\n".join([" ", *(document["page"] for document in tasks["wikitext"].eval_docs)]) == WIKITEXT
     assert tasks["wikitext"].config.num_fewshot == tasks["lambada"].config.num_fewshot == 0
 

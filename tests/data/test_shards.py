@@ -1,4 +1,4 @@
-"""From text to shards and back, read through foundry's own loader rather than our own notion of the format."""
+"""From text to shards and back, read with foundry's own loader and not with our own reading of the format."""
 
 import io
 import json
@@ -41,7 +41,7 @@ TEXTS = make_texts()
 
 @pytest.fixture
 def source(tmp_path):
-    """A .jsonl file of TEXTS."""
+    """Write a .jsonl file of TEXTS."""
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     return path
@@ -49,13 +49,13 @@ def source(tmp_path):
 
 @pytest.fixture
 def small_bounds(monkeypatch):
-    """Many batches and a shuffle buffer that overflows, as on real amounts of text."""
+    """Set small bounds, so that a short text has many batches and overflows the shuffle buffer, as large texts do."""
     monkeypatch.setattr(corpus_module, "BATCH_BYTES", 3_000)
     monkeypatch.setattr(corpus_module, "SHUFFLE_BYTES", 10_000)
 
 
 def loader(out, split, tokenizer):
-    """The batches of a split, one sequence each, as a training run reads them."""
+    """Load the batches of a split, one sequence each, as a training run does."""
     dataset = {"local": str(out), "split": split, "shuffle": False, "max_seq_len": LENGTH}
     config = {"name": "text", "dataset": dataset, "drop_last": False, "num_workers": 0, "pin_memory": False}
     config |= {"prefetch_factor": None, "persistent_workers": False}
@@ -70,7 +70,7 @@ def load(out, split):
 
 
 def documents(out, split):
-    """Cut the tokens of a split at every EOS: the texts of whole documents, and the tokens after the last EOS."""
+    """Cut the tokens of a split at every EOS. Return the texts of whole documents and the text after the last EOS."""
     sequences, tokenizer = load(out, split)
     assert sequences.shape[1] == LENGTH
     tokens = sequences.reshape(-1)
@@ -80,12 +80,12 @@ def documents(out, split):
 
 
 def tree(folder):
-    """Every file below a folder, by its bytes."""
+    """Return the bytes of every file below a folder."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_every_document_comes_back_once_through_foundrys_loader(tmp_path, source, small_bounds):
-    """Also one that spells out the EOS; only a tail that is shorter than a sequence may be missing."""
+    """A document that contains the EOS's text comes back too. Only a tail shorter than a sequence may be missing."""
     counts = prepare(tmp_path / "out", [source], **OPTIONS)
     seen, tails = Counter(), []
     for split in ("train", "val"):
@@ -98,12 +98,12 @@ def test_every_document_comes_back_once_through_foundrys_loader(tmp_path, source
     length = sum(len(tokenizer(text, split_special_tokens=True).input_ids) + 1 for text in TEXTS)
     dropped = length - sum(counts.values()) * LENGTH
     assert 0 <= dropped < 2 * LENGTH
-    # The tail of each split is the start of a document that was cut off, maybe within a character.
+    # The tail of each split is the start of a document that was cut, perhaps within a character.
     assert all(any(text.startswith(tail.rstrip("\ufffd")) for text in missing) for tail in tails)
 
 
 def test_sequences_are_those_of_foundrys_concat_tokens(tmp_path, source, small_bounds):
-    """Without shuffling and val, sequence for sequence; the text with a spelt-out EOS is left out, see above."""
+    """Without shuffling and val every sequence is equal. The text that contains the EOS is left out, see above."""
     texts = [text for text in TEXTS if EOS not in text]
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     prepare(tmp_path / "out", [source], shuffle=False, **OPTIONS | {"val_fraction": 0})
@@ -115,7 +115,7 @@ def test_sequences_are_those_of_foundrys_concat_tokens(tmp_path, source, small_b
 
 
 def test_a_set_to_evaluate_on_has_every_document_in_val(tmp_path, source):
-    """With `val_fraction` 1: what would be the train split, to the byte, and the tokenizer that was given."""
+    """With `val_fraction` 1, val equals to the byte what would be the train split. The tokenizer is the given one."""
     prepare(tmp_path / "train", [source], shuffle=False, **OPTIONS | {"val_fraction": 0})
     given = {"tokenizer": str(tmp_path / "train/tokenizer"), "sequence_length": LENGTH}
     counts = prepare(tmp_path / "out", [source], shuffle=False, val_fraction=1, **given)
@@ -135,7 +135,7 @@ def test_max_tokens_is_exact_and_val_comes_on_top(tmp_path, source, small_bounds
 
 
 def test_hugging_face_data_sets_are_streamed(tmp_path, source, small_bounds):
-    """`datasets` loads a local folder by the code path that it takes for one on the Hub."""
+    """`datasets` loads a local folder with the same code as one on the Hub."""
     folder = tmp_path / "set"
     folder.mkdir()
     for part in range(4):
@@ -166,7 +166,7 @@ def test_vocabulary_is_exact_and_holds_every_byte(tmp_path, source):
 
 
 def test_given_tokenizer_keeps_its_own_special_tokens(tmp_path, source):
-    """One that frames a text in BOS and EOS by itself, as Llama's and T5's do: no second EOS, the BOS stays."""
+    """Some tokenizers, as Llama's and T5's, add BOS and EOS themselves: no second EOS is added, and the BOS stays."""
     prepare(tmp_path / "first", [source], **OPTIONS)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "first/tokenizer")
     tokenizer.add_special_tokens({"bos_token": "<s>"})
@@ -190,7 +190,7 @@ def test_given_tokenizer_keeps_its_own_special_tokens(tmp_path, source):
 
 
 def test_a_tokenizer_with_code_of_its_own_is_refused(tmp_path, source, monkeypatch):
-    """Without being run, also on a terminal where whoever is asked says yes."""
+    """Its code is not run, even on a terminal where the user answers yes."""
     own = tmp_path / "own"
     own.mkdir()
     (own / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
@@ -203,7 +203,7 @@ def test_a_tokenizer_with_code_of_its_own_is_refused(tmp_path, source, monkeypat
 
 
 def test_an_eos_that_is_padding_too_is_warned_of(tmp_path, source, capsys):
-    """Foundry's loader gives padding no target, until the key is set that the warning names."""
+    """Foundry's loader gives padding no target unless the key that the warning names is set."""
     prepare(tmp_path / "first", [source], **OPTIONS)
     assert "warning" not in capsys.readouterr().err
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "first/tokenizer", pad_token=EOS)
@@ -219,7 +219,10 @@ def test_an_eos_that_is_padding_too_is_warned_of(tmp_path, source, capsys):
 
 @pytest.mark.parametrize("crash", range(4))
 def test_a_crash_before_any_commit_leaves_only_finished_parts(tmp_path, source, monkeypatch, crash):
-    """The manifest, the tokenizer, train and val are committed by a rename each; fail at every one, then finish."""
+    """One rename each commits the manifest, the tokenizer, train and val.
+
+    Each of them fails once, then the run completes.
+    """
     prepare(tmp_path / "whole", [source], **OPTIONS)
     expected = tree(tmp_path / "whole")
     renames = 0
@@ -247,7 +250,7 @@ def test_a_crash_before_any_commit_leaves_only_finished_parts(tmp_path, source, 
 
 
 def test_killed_while_it_writes_and_started_again(tmp_path, source):
-    """SIGKILL at the fifth sequence leaves no split, and the second run completes to identical bytes."""
+    """SIGKILL at the fifth sequence leaves no split. The second run writes identical bytes."""
     program = """if True:
         import json, os, signal, sys
         from llmfoundry_wesar.data import shards as data
@@ -304,7 +307,7 @@ def test_folder_that_holds_something_else_is_refused(tmp_path, source):
 
 
 def test_output_inside_the_source_folder_is_not_read_back(tmp_path, source, capsys):
-    """The tokenizer's merges.txt would otherwise count as text, and as a change of the sources."""
+    """Otherwise the tokenizer's merges.txt would count as text, and as a change of the sources."""
     prepare(tmp_path / "out", [tmp_path], **OPTIONS)
     prepare(tmp_path / "out", [tmp_path], **OPTIONS)
     assert "nothing to do" in capsys.readouterr().err
@@ -336,7 +339,7 @@ def test_wrong_arguments_are_named_before_anything_is_written(tmp_path, source, 
 
 
 def test_split_with_fewer_tokens_than_a_sequence_is_not_written(tmp_path, source):
-    """Enough bytes, so that only encoding shows it: about 1.5 bytes a token here."""
+    """There are enough bytes, so only tokenizing shows it: a token has about 1.5 bytes here."""
     size = sum(len(text.encode()) for text in TEXTS)
     with pytest.raises(ValueError, match=rf"train split has fewer tokens than one sequence, {size}"):
         prepare(tmp_path / "out", [source], **OPTIONS | {"sequence_length": size, "val_fraction": 0})
@@ -356,7 +359,7 @@ def test_progress_is_shown_on_a_terminal_only(tmp_path, source, monkeypatch):
 
 
 def test_stdlib_gives_the_same_bytes_twice_and_through_the_command(tmp_path, monkeypatch):
-    """Thread timing and the folder do not matter; what comes out is Python source."""
+    """Timing of threads and the folder have no effect. The text is Python source."""
     monkeypatch.setattr(data_module, "TOKENIZER_BYTES", 500_000)  # of 10 MB, for speed
     monkeypatch.setattr(corpus_module, "BATCH_BYTES", 500_000)
     options = {"vocab_size": 300, "sequence_length": LENGTH, "max_tokens": 20_000, "val_fraction": 0.1}

@@ -1,4 +1,4 @@
-"""What is read from a checkpoint, and what is refused; nothing in it is run."""
+"""What is read from a checkpoint and what is refused. No code in a checkpoint is run."""
 
 import os
 import pickle
@@ -16,9 +16,9 @@ from tests.trained import LENGTH, SHARDED, VOCABULARY, assert_same_logits, logit
 
 @pytest.mark.parametrize("case", SHARDED)
 def test_a_sharded_checkpoint_is_the_model_that_was_trained(case, sharded):
-    """Two FSDP2 processes wrote it, one process without torch.distributed reads it.
+    """Two FSDP2 processes wrote it, and one process without torch.distributed reads it.
 
-    1e-5 since the two multiply matrices that were gathered from shards, in an order of their own.
+    1e-5, because the two processes multiply matrices gathered from shards, with sums in another order.
     """
     model, tokenizer = load(sharded[case].folder)
     assert read_checkpoint(sharded[case].folder).progress == Progress("tiny", 4, 4 * 8 * LENGTH)
@@ -27,7 +27,7 @@ def test_a_sharded_checkpoint_is_the_model_that_was_trained(case, sharded):
 
 
 def test_a_whole_checkpoint_is_the_model_that_was_trained(trained):
-    """The parameters themselves, so to the bit."""
+    """The parameters are equal to the bit."""
     checkpoint = read_checkpoint(trained["wesar"].folder)
     assert checkpoint.config["fc_type"]["name"] == "wesar"
     assert checkpoint.progress == Progress("tiny", 4, 4 * 8 * LENGTH)
@@ -59,7 +59,7 @@ def test_a_folder_means_its_latest_checkpoint(trained, sharded, tmp_path):
 
 
 class _Code:
-    """What a hostile checkpoint holds: unpickling it makes a folder."""
+    """Code in a hostile checkpoint: unpickling it makes a folder."""
 
     def __init__(self, marker: Path):
         self.marker = marker
@@ -77,7 +77,7 @@ def test_code_in_a_whole_checkpoint_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("part", [".metadata", "__0_0.distcp"])
 def test_code_in_a_sharded_checkpoint_is_refused(part, sharded, tmp_path):
-    """In the metadata, and in one of the values that are stored beside the tensors."""
+    """Once in the metadata, and once in a value that is stored beside the tensors."""
     folder = shutil.copytree(sharded["wesar"].folder / "ep0-ba4", tmp_path / "hostile")
     if part == ".metadata":
         (folder / part).write_bytes(pickle.dumps(_Code(tmp_path / "ran")))
@@ -121,7 +121,7 @@ def _flip(path: Path, offset: int) -> None:
 
 
 def test_a_damaged_whole_checkpoint_is_refused(trained, tmp_path):
-    """Cut short, with one bit of a weight flipped, and of something else altogether."""
+    """A file that is cut short, one with a flipped bit in a weight, and one of another kind."""
     path = shutil.copy(find_checkpoint(trained["wesar"].folder), tmp_path / "damaged.pt")
     with zipfile.ZipFile(path) as archive:
         tensor = max(archive.infolist(), key=lambda info: info.file_size)
@@ -152,7 +152,7 @@ def copied(sharded, tmp_path) -> Path:
 
 
 def test_a_damaged_sharded_checkpoint_is_refused(copied):
-    """One bit of a weight flipped; metadata cut short."""
+    """One flipped bit in a weight, and metadata that is cut short."""
     storage = pickle.loads((copied / ".metadata").read_bytes()).storage_data
     part = next(info for index, info in storage.items() if index.fqn == "state.model.model.transformer.wte.weight")
     _flip(copied / part.relative_path, part.offset + part.length // 2)

@@ -1,4 +1,4 @@
-"""Models to models: the same function, in the layers of another architecture."""
+"""Convert models to models: the same function in the layers of another architecture."""
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM
 from tests.tiny import build, model_config
 from tests.trained import EXPRESSIBLE, INEXPRESSIBLE, assert_same_logits, logits
 
-# Merging rounds every entry of every matrix to float32, 6e-8 relative, and kernels may add up in another order:
-# 3e-7 was seen. A multiplier left out, or a gate of one row, would be off by more than 1e-3.
+# Merging rounds every entry of every matrix to float32, 6e-8 relative, and kernels may add in another order: 3e-7 was
+# seen. A missing multiplier, or a missing gate of one row, would give an error above 1e-3.
 FLOAT32 = 1e-5
 
 
@@ -39,7 +39,7 @@ def test_plain_llama_or_arcee_computes_what_the_trained_model_does(case, trained
 @pytest.mark.parametrize("method", sorted(set(names("method")) - INEXPRESSIBLE.keys()))
 @pytest.mark.parametrize("case", ["small_init", "fused_and_tied", "biases"])
 def test_every_method_can_start_from_any_model(case, method, trained):
-    """The same function, and every actual weight with the method's σ, whatever the model's matrices had.
+    """The function stays the same, and every actual weight gets the method's σ, for any matrices of the model.
 
     1e-6 for σ, which is a sum over 512 entries or more in float32.
     """
@@ -53,7 +53,7 @@ def test_every_method_can_start_from_any_model(case, method, trained):
 
 
 def test_there_and_back_again_is_exact_to_float32_rounding(trained):
-    """α(W̄/α) is two roundings of half a unit in the last place, 2⁻²⁴ each."""
+    """α(W̄/α) has two roundings of half a unit in the last place, 2⁻²⁴ each."""
     model, _ = load(trained["wesar"].folder)
     plain = merge(model)
     again = merge(to_gated(model, "wesar"))
@@ -64,7 +64,7 @@ def test_there_and_back_again_is_exact_to_float32_rounding(trained):
 def test_llama_becomes_the_mpt_that_it_was_made_from(trained):
     """Config and weights of a model with a GLU, grouped heads and biases, through Hugging Face's names and back.
 
-    Also with the constants that transformers wrote until 4.31; they are the config's, whatever they hold.
+    Files of transformers up to 4.31 also contain constants. Their values are ignored: the config determines them.
     """
     for case in ("glu", "grouped", "biases"):
         model, _ = load(trained[case].folder)
@@ -76,7 +76,10 @@ def test_llama_becomes_the_mpt_that_it_was_made_from(trained):
 
 
 def test_rope_is_read_as_transformers_5_writes_it(trained):
-    """It has `rope_parameters` where earlier ones have `rope_theta`; the models here have 500, not the default."""
+    """Transformers 5 has `rope_parameters` in place of `rope_theta`.
+
+    The models here have 500, which is not the default.
+    """
     model, _ = load(trained["wesar"].folder)
     llama = to_hf(model).config.to_dict()
     assert llama.pop("rope_theta") == 500
@@ -97,7 +100,7 @@ def test_what_no_plain_model_has_is_refused_by_name(case, trained):
 
 
 def test_a_fused_norm_is_refused_by_name():
-    """It puts the matrices of a block under other names, where no multiplier and no Llama would look for them."""
+    """Fusing renames the matrices of a block, so multipliers would miss them, and a Llama has no place for them."""
     config = WeSaRMPTConfig(**model_config("residual_scaling_he"), fuse_norm_attn_norm=True)
     model = WeSaRMPTForCausalLM(config)
     for target in (merge, to_hf, lambda model: to_gated(model, "wesar")):
@@ -106,7 +109,7 @@ def test_a_fused_norm_is_refused_by_name():
 
 
 def test_the_name_of_a_norm_may_have_capitals():
-    """Foundry trains with it."""
+    """Foundry trains with such a name."""
     assert hf_config(build(norm_type="RMSNorm").model.config).rms_norm_eps == 1e-5
 
 
@@ -130,7 +133,7 @@ def test_the_name_of_a_norm_may_have_capitals():
     ],
 )
 def test_what_llama_has_not_is_refused_by_name(key, options):
-    """Each of them changes the function, so a model without it would be another one."""
+    """Each option changes the function, so a model without it would be another model."""
     model = build(None, init_config={"name": "small_init_"}, **options).model
     with pytest.raises(ValueError, match=rf"ArceeForCausalLM cannot express .*model\.{key}: "):
         hf_config(model.config)
@@ -175,7 +178,7 @@ def test_weights_of_another_config_are_refused(trained):
 
 
 def test_the_stock_embedding_is_scaled_once(trained):
-    """Embedding scaling unties W_e and W_p: the unembedding is not scaled, also where both were one matrix."""
+    """Embedding scaling unties W_e and W_p. The unembedding is not scaled, even if both were one matrix."""
     model, _ = load(trained["fused_and_tied"].folder)
     assert isinstance(model.transformer.wte, ScaledEmbedding)
     assert model.config.tie_word_embeddings and model.transformer.wte.scale != 1

@@ -1,4 +1,4 @@
-"""Files: from checkpoints of the trainer to folders that others load, and back into the trainer."""
+"""Files: from the trainer's checkpoints to folders that other programs load, and back into the trainer."""
 
 import json
 import resource
@@ -23,7 +23,7 @@ from llmfoundry_wesar.export.files import export, load, reparameterize
 from tests.trained import EXPRESSIBLE, INEXPRESSIBLE, LENGTH, TEXT, assert_same_logits, logits, train
 from tests.transformers5 import fine_tune_in_transformers5, load_in_transformers5
 
-FLOAT32 = 1e-5  # as in test_conversion
+FLOAT32 = 1e-5  # same reason as in test_conversion
 _HF_FILES = {
     "README.md",
     "config.json",
@@ -47,14 +47,14 @@ def exported(trained, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def elsewhere(exported, trained, tmp_path_factory) -> dict[str, dict]:
-    """What transformers ≥ 5 makes of the exported folders."""
+    """Load the exported folders in transformers ≥ 5 and compute with them."""
     ids = trained["wesar"].ids
     return load_in_transformers5(exported, ids, TEXT[:500], tmp_path_factory.mktemp("transformers5") / "job.pt")
 
 
 @pytest.mark.parametrize("case", EXPRESSIBLE)
 def test_transformers_5_computes_what_the_trained_model_does(case, elsewhere, trained):
-    """In a class of its own, with no weight missing and none left over, so there is no gate in the file."""
+    """In one of its own classes. No weight is missing and none is left over, so the file has no gate."""
     there = elsewhere[case]
     name = "llama.modeling_llama.LlamaForCausalLM" if case == "glu" else "arcee.modeling_arcee.ArceeForCausalLM"
     assert there["class"] == f"transformers.models.{name}"
@@ -65,7 +65,7 @@ def test_transformers_5_computes_what_the_trained_model_does(case, elsewhere, tr
 
 @pytest.mark.parametrize("case", EXPRESSIBLE)
 def test_transformers_5_generates_with_its_cache(case, elsewhere, trained):
-    """Greedily what it generates without, and what the trained model would say next after each token."""
+    """Greedy generation is the same with and without a cache, and each token is the trained model's prediction."""
     cached = elsewhere[case]["cached"]
     assert torch.equal(cached, elsewhere[case]["uncached"])
     assert cached.shape == (4, 8 + 16)
@@ -79,7 +79,7 @@ def test_the_tokenizer_goes_along(elsewhere, trained):
 
 
 def test_bfloat16_is_rounded_once(exported, elsewhere, trained):
-    """Merged in float32 and then rounded to the 8 bits of bfloat16; its logits are 2% off at most."""
+    """The model is merged in float32 and then rounded to the 8 bits of bfloat16. Its logits differ by at most 2%."""
     rounded = load_file(exported["bfloat16"] / "model.safetensors")
     for name, weight in load_file(exported["wesar"] / "model.safetensors").items():
         assert torch.equal(rounded[name], weight.bfloat16()), name
@@ -95,7 +95,7 @@ def test_generation_starts_and_ends_with_the_tokenizers_tokens(exported, trained
 
 @pytest.mark.parametrize("case", EXPRESSIBLE)
 def test_the_stock_model_computes_what_the_trained_model_does(case, trained, tmp_path):
-    """`mpt_causal_lm`, built from the written section and strictly loaded from the written checkpoint."""
+    """`mpt_causal_lm` is built from the written section, and loads the written checkpoint with strict=True."""
     export(trained[case].folder, tmp_path / "mpt", format="mpt")
     section = OmegaConf.to_container(OmegaConf.load(tmp_path / "mpt" / "model.yaml").model)
     assert section.pop("name") == "mpt_causal_lm"
@@ -105,15 +105,15 @@ def test_the_stock_model_computes_what_the_trained_model_does(case, trained, tmp
 
 
 def _first_loss(data: Path, checkpoint: Path, **options: Path) -> float:
-    """The cross-entropy of the first batch after loading, by the stock trainer."""
+    """Return the cross-entropy of the first batch after the stock trainer has loaded a checkpoint."""
     resumed = [f"load_path={checkpoint}", "load_weights_only=true", "max_duration=1ba"]
     return train(data, *resumed, **options).state.train_metrics["LanguageCrossEntropy"].compute().item()
 
 
 def test_the_stock_trainer_continues_from_either_format(text_data, trained, exported, tmp_path):
-    """The plain model as `mpt_causal_lm`, and `reparameterize` of the Hugging Face one with WeSaR.
+    """The plain model as `mpt_causal_lm`, and `reparameterize` of the Hugging Face model with WeSaR.
 
-    The first batch has the loss that the trained checkpoint has there; 1e-5 for the rounding of the merged matrices.
+    The first batch has the same loss as with the trained checkpoint. 1e-5 for the rounding of the merged matrices.
     """
     checkpoint = find_checkpoint(trained["wesar"].folder)
     loss = _first_loss(text_data, checkpoint)
@@ -134,7 +134,7 @@ def _loss(model: torch.nn.Module, ids: torch.Tensor) -> float:
 
 
 def test_lora_goes_on_from_the_export_and_wesar_from_lora(exported, trained, text_data, tmp_path):
-    """The loss continues where the last model's ended, 1e-5 for float32, and falls: export → peft → gates → trainer."""
+    """In export → peft → gates → trainer each loss continues from the last one, within 1e-5, and falls."""
     case = trained["wesar"]
     losses = fine_tune_in_transformers5(exported["wesar"], case.ids, 10, tmp_path / "tuned")
     assert losses[0] == pytest.approx(_loss(load(case.folder)[0], case.ids), rel=1e-5)
@@ -142,14 +142,14 @@ def test_lora_goes_on_from_the_export_and_wesar_from_lora(exported, trained, tex
     reparameterize(tmp_path / "tuned", tmp_path / "gated.pt")
     gated, _ = load(tmp_path / "gated.pt")
     assert _loss(gated, case.ids) == pytest.approx(losses[-1], rel=1e-5)
-    # A step so small that the model hardly moves: the trainer has loaded this one and trains it on.
+    # A step so small that the model hardly moves shows that the trainer has loaded this model.
     options = [f"load_path={tmp_path / 'gated.pt'}", "load_weights_only=true", "max_duration=1ba", "optimizer.lr=1e-9"]
     again = train(text_data, *options).state.model.model
     assert _loss(again, case.ids) == pytest.approx(losses[-1], rel=1e-5)
 
 
 def test_every_way_round_ends_at_the_same_function(trained, exported, tmp_path):
-    """A checkpoint of another method → either format → gates → the plain model again."""
+    """Checkpoint of another method → either format → gates → plain model again."""
     export(trained["weight_norm"].folder, tmp_path / "mpt", format="mpt")
     for name, folder in {"hf": exported["weight_norm"], "mpt": tmp_path / "mpt"}.items():
         section = reparameterize(folder, tmp_path / f"{name}.pt", "wesar")
@@ -161,8 +161,8 @@ def test_every_way_round_ends_at_the_same_function(trained, exported, tmp_path):
 
 
 def _run(*arguments: str | Path) -> str:
-    """Run the command line, which must fail, and return the one line that it says."""
-    # If it asks whether to run code, yes.
+    """Run the command line, which must fail, and return its one-line error."""
+    # The answer is yes if it asks whether to run code.
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], input="y\n")
     assert result.exit_code == 1, result.output
     assert isinstance(result.exception, SystemExit)
@@ -182,7 +182,7 @@ def test_an_existing_output_is_never_touched(command, trained, tmp_path):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_cannot_be_read_or_expressed_leaves_nothing(command, trained, exported, tmp_path):
-    """One line each, that names the file and the fault."""
+    """Each error is one line that names the file and the fault."""
     damaged = shutil.copytree(exported["wesar"], tmp_path / "damaged")
     with open(damaged / "model.safetensors", "r+b") as file:
         file.truncate(100_000)
@@ -218,7 +218,7 @@ def test_what_cannot_be_read_or_expressed_leaves_nothing(command, trained, expor
 
 @contextmanager
 def _full_disk(size: int):
-    """No file can grow beyond so many bytes, as if the disk were full then."""
+    """Let no file grow beyond this number of bytes, as if the disk were full."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -229,7 +229,7 @@ def _full_disk(size: int):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_full_disk_leaves_nothing(command, trained, tmp_path):
-    """Full in the middle of the weights, after smaller files were written."""
+    """The disk is full in the middle of the weights, after smaller files were written."""
     with _full_disk(20_000):
         assert "writing failed, and nothing of it is left" in _run(*command, trained["wesar"].folder, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -263,7 +263,7 @@ def test_the_command_line_prints_the_section_to_train_with(exported, tmp_path):
 
 
 def _sharded_folder(exported: dict[str, Path], folder: Path) -> Path:
-    """The exported model, saved anew by transformers in several files with an index."""
+    """Save the exported model again with transformers, in several files with an index."""
     shutil.copytree(exported["wesar"], folder, ignore=shutil.ignore_patterns("*.safetensors"))
     to_hf(load(exported["wesar"])[0]).save_pretrained(folder, max_shard_size="40KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
@@ -271,7 +271,7 @@ def _sharded_folder(exported: dict[str, Path], folder: Path) -> Path:
 
 
 def test_a_folder_in_several_files_is_read_by_its_index(exported, trained, tmp_path, caplog):
-    """What else lies there is not the model's, whatever its tensors are called; that is said."""
+    """Other files there do not belong to the model, whatever their tensors' names. A message says so."""
     folder = _sharded_folder(exported, tmp_path / "sharded")
     assert_same_logits(logits(load(folder)[0], trained["wesar"].ids), trained["wesar"].logits, FLOAT32)
     assert not caplog.messages
@@ -322,7 +322,7 @@ def test_an_index_that_does_not_fit_its_files_is_refused(exported, tmp_path):
     ],
 )
 def test_a_weight_that_is_not_finite_is_refused_by_name(value, dtype, words, format, trained, tmp_path):
-    """In a matrix, as it was trained or as it would be rounded; a norm stays in float32 in a GGUF file."""
+    """In a matrix, as it was trained or after rounding. In a GGUF file a norm stays in float32."""
     checkpoint = torch.load(find_checkpoint(trained["glu"].folder), weights_only=False)
     checkpoint["state"]["model"]["model.transformer.blocks.1.ffn.down_proj.weight"][3, 5] = value
     torch.save(checkpoint, tmp_path / "diverged.pt")
@@ -334,7 +334,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(value, dtype, words, for
 
 @pytest.mark.parametrize("format, files", [("hf", _HF_FILES), ("gguf", {"README.md", "model.gguf"})])
 def test_a_folder_has_what_its_users_expect(format, files, trained, tmp_path):
-    """Files that others can read, and a card that says what the model is, how far it was trained and how to load it."""
+    """Files that others can read, and a card that says what the model is, how long it trained and how to load it."""
     checkpoint = torch.load(find_checkpoint(trained["wesar"].folder), weights_only=False)
     checkpoint["state"]["eval_metrics"] = {"eval": {"LanguagePerplexity": {"_computed": torch.tensor(12.5)}}}
     settings = checkpoint["state"]["integrations"]["huggingface"]["tokenizer"]["tokenizer_config.json"]["content"]

@@ -1,4 +1,4 @@
-"""Folders that are complete or absent, whatever happens to the process that writes them."""
+"""Folders are complete or absent, whatever happens to the process that writes them."""
 
 import os
 import signal
@@ -32,7 +32,7 @@ def test_a_killed_process_leaves_nothing_that_looks_complete_and_the_next_one_ti
 
 
 def test_what_a_running_process_writes_is_left_alone(tmp_path):
-    """Nor is a file whose name only begins like that."""
+    """A file is also left alone if only the start of its name looks like a partial folder."""
     others = {tmp_path / f".out.partial-{os.getppid()}", tmp_path / ".out.partial-mine", tmp_path / ".outer.partial-1"}
     for other in others:
         other.mkdir()
@@ -42,7 +42,7 @@ def test_what_a_running_process_writes_is_left_alone(tmp_path):
 
 
 def test_a_process_number_that_is_used_again_is_no_hindrance(tmp_path):
-    """Containers begin with the same numbers again and again."""
+    """In containers, processes often get the same numbers again."""
     (tmp_path / f".out.partial-{os.getpid()}").mkdir()
     with whole(tmp_path / "out") as folder:
         folder.mkdir()
@@ -50,7 +50,7 @@ def test_a_process_number_that_is_used_again_is_no_hindrance(tmp_path):
 
 
 def test_modes_follow_the_umask(tmp_path):
-    """Also those of files that a library makes private."""
+    """Files that a library makes private follow it too."""
     before = os.umask(0o027)
     try:
         with whole(tmp_path / "out") as folder:

@@ -1,6 +1,6 @@
-"""GGUF files, read back with the package's reader into transformers' Starcoder2 and Llama: the same function.
+"""GGUF files describe the same function, read with the gguf package into transformers' Starcoder2 and Llama.
 
-That llama.cpp itself computes these models' logits was tried by hand; docs/tools.md has the figures.
+llama.cpp itself was run by hand on these models; docs/tools.md has the figures.
 """
 
 import json
@@ -21,7 +21,7 @@ from llmfoundry_wesar.export.llama_cpp import architecture, check, write_gguf
 from tests.tiny import build
 from tests.trained import VOCABULARY, Trained, assert_same_logits, logits
 
-FLOAT32 = 1e-5  # as in test_conversion: rewriting in float64 adds one rounding to those of merging
+FLOAT32 = 1e-5  # same reason as in test_conversion; rewriting in float64 adds one more rounding
 
 
 def _value(reader: gguf.GGUFReader, key: str) -> Any:
@@ -30,7 +30,7 @@ def _value(reader: gguf.GGUFReader, key: str) -> Any:
 
 
 def _weights(file: Path) -> dict[str, Tensor]:
-    """Every tensor by llama.cpp's name, in float32."""
+    """Return every tensor by llama.cpp's name, in float32."""
     tensors = gguf.GGUFReader(file).tensors
     return {t.name: torch.tensor(gguf.dequantize(t.data, t.tensor_type)) for t in tensors}
 
@@ -54,12 +54,12 @@ def _transformers_name(name: str, mlp: dict[str, str]) -> str:
 
 
 def _halves(tensor: Tensor, heads: int) -> Tensor:
-    """The order of channels that transformers wants, from that in which pairs are neighbours."""
+    """Convert from the order in which a pair's channels are neighbours to the order that transformers expects."""
     return tensor.view(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
 def _read_back(file: Path) -> torch.nn.Module:
-    """The model that a GGUF file describes, from nothing but the file, in transformers' class for its architecture."""
+    """Build the model that a GGUF file describes, from the file alone, in transformers' class for its architecture."""
     reader = gguf.GGUFReader(file)
     arch = _value(reader, "general.architecture")
     keys = {
@@ -77,7 +77,7 @@ def _read_back(file: Path) -> torch.nn.Module:
     assert width == _value(reader, f"{arch}.attention.value_length") == _value(reader, f"{arch}.rope.dimension_count")
     weights = _weights(file)
     if arch == "starcoder2":
-        # llama.cpp has no key for it: a head is the stream's width over the number of heads.
+        # llama.cpp has no key for the width of a head: it is the stream's width divided by the number of heads.
         assert width * options["num_attention_heads"] == options["hidden_size"]
         eps = _value(reader, "starcoder2.attention.layer_norm_epsilon")
         config = Starcoder2Config(norm_epsilon=eps, hidden_act="gelu", tie_word_embeddings=False, **options)
@@ -94,7 +94,7 @@ def _read_back(file: Path) -> torch.nn.Module:
     renamed = {_transformers_name(name, mlp): weight for name, weight in weights.items()}
     assert not renamed.keys() - wanted.keys()
     left = wanted.keys() - renamed.keys()
-    assert all(arch == "llama" and name.endswith(".bias") for name in left)  # where llama.cpp wants no bias
+    assert all(arch == "llama" and name.endswith(".bias") for name in left)  # llama.cpp has no bias there
     model.load_state_dict(renamed | {name: torch.zeros_like(wanted[name]) for name in left})
     return model
 
@@ -103,7 +103,7 @@ def _read_back(file: Path) -> torch.nn.Module:
     "case, arch",
     [
         ("wesar", "starcoder2"),
-        ("grouped", "starcoder2"),  # with heads that are wider than the stream
+        ("grouped", "starcoder2"),  # all heads together are wider than the stream
         ("biases", "starcoder2"),
         ("residual_scaling_he", "starcoder2"),
         ("fused_and_tied", "starcoder2"),
@@ -143,7 +143,7 @@ _GROUPED = {"attn_type": "grouped_query_attention", "kv_n_heads": 2}
     }.values(),
 )
 def test_every_form_describes_the_model(arch, options, tokenizer, trained, tmp_path):
-    """With norms, gates and biases away from where they start, and a vocabulary with padding."""
+    """Norms, gates and biases are far from their start, and the vocabulary has padding."""
     model = build(vocab_size=VOCABULARY + 20, max_seq_len=64, norm_eps=1e-3, **options).model
     with torch.no_grad():
         for parameter in model.parameters():
@@ -167,13 +167,14 @@ def test_every_form_describes_the_model(arch, options, tokenizer, trained, tmp_p
     [
         ("f16", "F16", lambda weight: weight.abs() * 2**-11 + 2**-25),
         ("bfloat16", "BF16", lambda weight: weight.abs() * 2**-8),
-        # A block of 32 entries has a scale in float16, of the largest over 127; then half a step.
+        # A block of 32 entries has a float16 scale, its largest entry / 127. The error is half a step, and that of the
+        # scale.
         ("q8_0", "Q8_0", lambda weight: weight.unflatten(-1, (-1, 32)).abs().amax(-1).repeat_interleave(32, -1) / 200),
     ],
 )
 def test_matrices_are_rounded_to_the_type_and_nothing_else_is(dtype, name, bound, trained, tmp_path):
-    """Half a unit in the last place: 2⁻¹¹ for float16 and 2⁻⁹ for bfloat16, here with a factor of 2 for its halves."""
-    case = "glu" if dtype == "q8_0" else "wesar"  # the 5 heads of 8 that wesar gets are no multiple of 32
+    """The error is at most half a unit in the last place: 2⁻¹¹ of the value in float16, 2⁻⁸ in bfloat16."""
+    case = "glu" if dtype == "q8_0" else "wesar"  # wesar gets 5 heads of 8 channels, which 32 does not divide
     export(trained[case].folder, tmp_path / "f32", "gguf")
     export(trained[case].folder, tmp_path / "out", "gguf", dtype)
     exact, rounded = (_weights(tmp_path / folder / "model.gguf") for folder in ("f32", "out"))
@@ -188,7 +189,7 @@ def test_matrices_are_rounded_to_the_type_and_nothing_else_is(dtype, name, bound
 
 
 def test_the_tokenizer_goes_along(trained, tmp_path):
-    """Tokens, merges and special tokens; the text of a chat template."""
+    """Tokens, merges, special tokens, and the text of a chat template."""
     export(trained["wesar"].folder, tmp_path / "out", "gguf")
     reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
     _, tokenizer = load(trained["wesar"].folder)
@@ -256,7 +257,7 @@ _SPLIT = {"type": "Split", "pattern": {"Regex": "a"}, "behavior": "Isolated", "i
 def test_a_tokenizer_that_llama_cpp_would_not_follow_is_refused_by_name(change, words, tokenizer, trained):
     config = hf_config(load(trained["wesar"].folder)[0].config)
     with pytest.raises(ValueError, match="--format gguf cannot express the tokenizer's") as refusal:
-        # The class sets this one itself.
+        # The class sets this option itself.
         prefix = change.get("pre_tokenizer") == {"add_prefix_space": True}
         check(config, _changed(tokenizer, change, add_prefix_space=prefix), "float32")
     assert words in str(refusal.value)
@@ -285,7 +286,7 @@ def test_other_tokenizers_are_refused_by_name(tokenizer, dataset, trained):
     ],
 )
 def test_a_feed_forward_layer_that_llama_cpp_has_not_is_refused_by_name(feed_forward, words, tokenizer):
-    """It would compute another function without a word."""
+    """llama.cpp would compute another function without an error."""
     config = hf_config(build(vocab_size=VOCABULARY, ffn_config=feed_forward).model.config)
     with pytest.raises(ValueError) as refusal:
         check(config, tokenizer, "float32")
@@ -293,7 +294,7 @@ def test_a_feed_forward_layer_that_llama_cpp_has_not_is_refused_by_name(feed_for
 
 
 def test_rows_that_q8_0_cannot_divide_are_refused(trained: dict[str, Trained], tmp_path):
-    """5 heads of 8 channels; the blocks have 32."""
+    """The matrix has 5 heads of 8 channels, and the blocks of q8_0 have 32."""
     with pytest.raises(ValueError, match=r"--dtype q8_0: rows of .* have 40 entries, no multiple of 32"):
         export(trained["wesar"].folder, tmp_path / "out", "gguf", "q8_0")
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
-"""The rewritings, in float64, where they are exact: against the formulas of the layers that they replace.
+"""The rewritings are exact in float64: they are compared with the formulas of the layers that they replace.
 
-1e-12 since the values are of order 1 and a sum has some 100 terms of 1e-16 each; a wrong ε or factor is off by 1e-3.
+1e-12, because the values are of order 1 and a sum has about 100 terms with errors of 1e-16. A wrong ε or factor would
+give an error of 1e-3.
 """
 
 import math
@@ -20,7 +21,7 @@ from llmfoundry_wesar.export.rewriting import (
     starcoder2,
 )
 
-EPS = 1e-2  # large, so that an ε that is not rescaled shows
+EPS = 1e-2  # large, so that a wrong ε is seen
 
 
 def _close(ours: Tensor, theirs: Tensor) -> None:
@@ -38,7 +39,10 @@ def _rms_norm(x: Tensor, gain: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("d, width", [(6, 7), (32, 48), (96, 128)])
 def test_a_layer_norm_of_the_embedded_stream_is_the_rms_norm(d, width):
-    """For every matrix that reads it, with the norm's weight; E keeps lengths and angles, and removes the mean."""
+    """For every matrix that reads the stream, with the norm's weight.
+
+    E keeps lengths and angles and removes the mean.
+    """
     x, gain, matrix = _random(5, d), _random(d), _random(9, d)
     embedded = embed(x.T, width).T
     _close(embedded.mean(-1), torch.zeros(5, dtype=torch.float64))
@@ -55,12 +59,12 @@ def test_a_bias_is_embedded_like_a_column():
 @pytest.mark.parametrize(
     "heads, d, widened",
     [
-        ((12, 12, 64), 768, (13, 13)),  # the paper's 130M: one head more
-        ((32, 8, 128), 4096, (36, 9)),  # a group more is less than a query head in each of the 8
-        ((4, 1, 8), 32, (5, 1)),  # multi-query: a query head more
+        ((12, 12, 64), 768, (13, 13)),  # the paper's 130M: one more head
+        ((32, 8, 128), 4096, (36, 9)),  # one more group of 4 heads is less than one more head in each of 8
+        ((4, 1, 8), 32, (5, 1)),  # multi-query: one more query head
         ((4, 2, 8), 32, (6, 2)),
-        ((4, 2, 16), 32, (4, 2)),  # heads of their own width have more channels than the stream
-        ((2, 2, 8), 32, (5, 5)),  # or fewer
+        ((4, 2, 16), 32, (4, 2)),  # with head_dim the heads have more channels than the stream
+        ((2, 2, 8), 32, (5, 5)),  # with head_dim the heads have fewer channels than the stream
     ],
 )
 def test_as_few_heads_as_possible_are_added(heads, d, widened):
@@ -76,7 +80,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
 
 
 def _block(x: Tensor, weights: dict[str, Tensor], heads: Heads, norm, act) -> Tensor:
-    """A whole model of one block, with whatever biases are there: (S, d) -> logits."""
+    """Compute a whole model of one block, with the biases that its weights have: (S, d) -> logits."""
 
     def linear(x: Tensor, name: str) -> Tensor:
         return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
@@ -111,7 +115,7 @@ def _model(d: int, heads: Heads, biases: bool) -> dict[str, Tensor]:
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("heads, d", [((3, 3, 8), 24), ((4, 2, 8), 32), ((4, 1, 8), 32), ((4, 2, 16), 32)])
 def test_a_whole_model_is_the_same_function_with_layer_norms(heads, d, biases):
-    """Attention, GELU and residuals included; every norm and matrix of the block gets the bias that llama.cpp wants."""
+    """With attention, GELU and residuals. Every norm and matrix of the block gets the bias that llama.cpp expects."""
     heads = Heads(*heads)
     weights = _model(d, heads, biases)
     rewritten = dict(starcoder2(weights, heads))
@@ -145,7 +149,7 @@ def test_shapes_are_known_without_data():
 
 @pytest.mark.parametrize("slope, biases", [(1.702, False), (1.702, True), (1.0, False)])
 def test_a_gate_that_is_constantly_1_is_no_gate(slope, biases):
-    """x·σ(1.702 x) is what transformers calls quick_gelu, x·σ(x) silu."""
+    """x·σ(1.702 x) is quick_gelu in transformers, and x·σ(x) is silu."""
     weights = _model(12, Heads(3, 3, 4), biases)
     gated = dict(constant_gate(weights, slope))
     x = _random(7, 12)
@@ -165,7 +169,7 @@ def test_a_gate_that_is_constantly_1_is_no_gate(slope, biases):
 
 
 def test_rotary_pairs_become_neighbours():
-    """Rotating channels 2i and 2i + 1 of the reordered head is rotating i and i + w/2 of the first one."""
+    """Rotating channels 2i and 2i + 1 of the reordered head equals rotating i and i + w/2 of the original head."""
     heads, width, length = 3, 8, 5
     x, matrix = _random(length, 10), _random(heads * width, 10)
     angles = torch.arange(length)[:, None, None] * 0.3 ** torch.arange(width // 2)  # (S, 1, w/2)

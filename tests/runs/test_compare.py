@@ -1,4 +1,4 @@
-"""Series of runs: what is planned, and that an interrupted series ends like an uninterrupted one."""
+"""Series of runs: which runs are planned, and that an interrupted series ends like an uninterrupted one."""
 
 import csv
 import fcntl
@@ -34,7 +34,7 @@ TINY += ["model.d_model=32", "model.n_layers=2", "model.n_heads=2", f"model.voca
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
-    """Token shards and a tokenizer, as `llmfoundry-wesar data` writes them."""
+    """Write token shards and a tokenizer as `llmfoundry-wesar data` does."""
     out = tmp_path_factory.mktemp("data")
     random = np.random.default_rng(0)
     for split, sequences in {"train": BATCH * BATCHES, "val": 8}.items():
@@ -58,7 +58,7 @@ def test_plan_has_every_combination_and_the_first_seed_of_all_first(tmp_path):
     expected = {f"optimizer.lr={lr} model.init_config.sigma={s}" for lr in ("1e-3", "2e-3") for s in (0.01, 0.02)}
     assert {run.variation for run in runs} == expected
     assert len({run.name for run in runs}) == len({run.config_hash for run in runs}) == 16
-    # One draw of the data order and the weights for each seed, whatever the method and variation.
+    # With one seed, all methods and variations have the same data order and the same draws of the weights.
     for run in runs:
         assert {f"seed={run.seed}", f"train_loader.dataset.shuffle_seed={run.seed}"} <= set(run.command)
         assert {f"variables.method={run.method}", *run.variation.split()} <= set(run.command)
@@ -80,7 +80,7 @@ def test_hash_depends_on_what_changes_the_result_and_on_nothing_else(tmp_path):
 
 
 def test_the_committed_runs_are_those_of_todays_quickstart():
-    """One run of each method: a change of the YAML, of a method or of a setting shows in the hash."""
+    """One run of each method: a change of the YAML, of a method or of a setting would change the hash."""
     path = Path(__file__).parents[2] / "results/quickstart-compare/runs.csv"
     rows = [row for row in csv.DictReader(path.open()) if row["seed"] == "1"]
     runs = plan(CONFIG, [row["method"] for row in rows], [1], path.parent)
@@ -93,7 +93,7 @@ def test_commands_are_the_stock_ones(tmp_path):
     (run,) = make(tmp_path, overrides=["save_folder=x"], nproc=2)
     composer, *arguments = run.command[:4]
     assert Path(composer).name == "composer" and arguments == ["-n", "2", "-c"]
-    # Checkpoints go where no other run's are, and a stopped run goes on from them.
+    # Each run has a checkpoint folder of its own, and a stopped run continues from it.
     assert run.command[-3:] == (
         f"save_folder={tmp_path}/checkpoints/{run.name}",
         "save_overwrite=false",
@@ -133,7 +133,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
 
 
 def test_a_config_that_changes_under_a_series_stops_it(tmp_path, data):
-    """Otherwise a run would be recorded under the hash of another one."""
+    """Otherwise a run would be recorded under the hash of another run."""
     (tmp_path / "train.yaml").write_text(Path(CONFIG).read_text())
     own = [*TINY, f"variables.data={data}"]
     runs = plan(str(tmp_path / "train.yaml"), ["wesar"], [1], tmp_path / "out", overrides=own)
@@ -151,7 +151,7 @@ def wait_for(condition, seconds: float = 300) -> None:
 
 
 def trainer_in(out: Path) -> int:
-    """The trainer's process id, by the file that holds the lock."""
+    """Return the trainer's process id from the file that holds the lock."""
     return int((out / ".lock").read_text().split()[-1])
 
 
@@ -165,14 +165,14 @@ def unlocked(out: Path) -> bool:
 
 
 def test_an_interrupted_series_ends_as_if_it_had_not_been(tmp_path, data):
-    """Four runs of seconds: one finished, one killed and stopped before it is done, one that fails."""
+    """Four short runs: one finishes, one is killed and later stopped before its end, one fails."""
     out = tmp_path / "out"
     overrides = [*TINY, f"variables.data={data}"]
     arguments = ["compare", CONFIG, *overrides, "--methods", "small_init", "--seeds", "1", "--out", str(out), "--vary"]
     first, second = plan(CONFIG, ["small_init"], [1], out, ["optimizer.eps=1e-8,1e-2"], overrides)
     log = out / "logs" / f"{second.name}.txt"
 
-    # The tool is killed while the second trainer runs, which goes on and keeps the folder locked.
+    # The tool is killed while the second trainer runs. The trainer continues and keeps the folder locked.
     command = [
         sys.executable,
         "-c",
@@ -192,7 +192,7 @@ def test_an_interrupted_series_ends_as_if_it_had_not_been(tmp_path, data):
     (row,) = read_rows(out / "runs.csv")
     assert row["run"] == first.name and row["status"] == "finished"
     kept = {path: path.stat().st_mtime_ns for path in (out / "tensorboard" / first.name).iterdir()}
-    # Whatever the killed run logged must not be taken for the new run's.
+    # The metrics of the killed run must not count as those of the new run.
     partial = out / "tensorboard" / second.name / "events.out.tfevents.0.partial"
     partial.parent.mkdir(exist_ok=True)
     partial.touch()
@@ -212,7 +212,7 @@ def test_an_interrupted_series_ends_as_if_it_had_not_been(tmp_path, data):
         os.kill(trainer_in(out), 0)
     assert read_rows(out / "runs.csv") == [row]
 
-    # The rest, with a run before it that the optimizer refuses.
+    # The third call does the rest, with one more run, which the optimizer refuses.
     arguments.append("optimizer.eps=1e-8,-1,1e-2")
     ended = CliRunner().invoke(app, arguments)
     assert ended.exit_code == 1 and "2 of 3 runs finished" in ended.output
@@ -223,7 +223,7 @@ def test_an_interrupted_series_ends_as_if_it_had_not_been(tmp_path, data):
     assert "Invalid epsilon value" in failed_log.read_text()
     assert {path: path.stat().st_mtime_ns for path in kept} == kept and not partial.exists()
 
-    # What is recorded is what was logged.
+    # The recorded values are the logged ones.
     assert rows[2]["run"] == second.name and rows[2]["config_hash"] == second.config_hash
     logged = [read_scalars(out / "tensorboard" / run.name) for run in (first, second)]
     steps, losses = logged[1]["loss/train/loss"]
@@ -234,13 +234,13 @@ def test_an_interrupted_series_ends_as_if_it_had_not_been(tmp_path, data):
     # d = 32, N = 2, V = 64: embedding and W_p, 12 d² a block, five RMSNorms of width d.
     assert int(rows[2]["parameters"]) == 2 * 64 * 32 + 2 * 12 * 32**2 + 5 * 32
     assert 0 < float(rows[2]["tokens_per_second"]) < math.inf and 0.1 < float(rows[2]["peak_memory_gb"]) < 50
-    # One seed: the same weights and the same first batch, to the last bit, whatever the optimizer's ε.
+    # Both runs have the same seed, so weights and first batch are equal to the bit. Only the optimizer's ε differs.
     assert logged[0]["loss/train/loss"][1][0] == losses[0]
     assert logged[0]["loss/train/loss"][1][-1] != losses[-1]
     assert (out / "table.md").read_text().startswith(table(rows))
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
-    # With nothing left to do, nothing is done.
+    # A further call changes nothing.
     before = (out / "runs.csv").read_bytes()
     assert run_series([first, second], out) == [rows[0], rows[2]]
     assert (out / "runs.csv").read_bytes() == before

@@ -24,7 +24,7 @@ def log_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def logged(log_dir: Path) -> Logged:
-    """A plain and a gated run, of different depth and length, each in several event files."""
+    """Log a plain and a gated run of different depth and length, each in several event files."""
     return {
         "small_init": record(log_dir, "small_init", pretraining(gated=False), flush_interval=4),
         "wesar": record(log_dir, "wesar", pretraining(gated=True, blocks=5, steps=17, glu=True), flush_interval=4),
@@ -37,12 +37,15 @@ def runs(log_dir: Path, logged: Logged) -> dict[str, Scalars]:
 
 
 def lines(figure: Figure) -> dict[str, Line2D]:
-    """The curves by label; what is drawn behind a smoothed curve has none."""
+    """Return the curves by label. The points behind a smoothed curve have no label."""
     return {str(line.get_label()): line for axis in figure.axes for line in axis.lines if line.get_label()[0] != "_"}
 
 
 def expected_metrics(figure: str) -> dict[str, list[str]]:
-    """The metrics that a figure shows, written out; the last block is 2 in the plain run and 4 in the gated one."""
+    """Return the metrics that a figure shows, written out.
+
+    The last block is 2 in the plain run and 4 in the gated one.
+    """
     small, wesar = f"{BLOCK}.2", f"{BLOCK}.4"
     both = ("ffn.down_proj", "ffn.up_proj")
     gated = (*MATRICES, "ffn.gate_proj")
@@ -76,7 +79,7 @@ def expected_metrics(figure: str) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("figure", FIGURES)
 def test_each_figure_draws_exactly_what_was_logged(figure: str, runs: dict[str, Scalars], logged: Logged):
-    """All curves that belong to it and no other, at the logged values, which TensorBoard rounds to float32."""
+    """A figure has all its curves and no other, at the logged values, which TensorBoard rounds to float32."""
     expected = expected_metrics(figure)
     drawn = lines(draw(figure, {run: runs[run] for run in expected}))
     assert drawn.keys() == {f"{run} {metric}" for run, metrics in expected.items() for metric in metrics}
@@ -110,7 +113,7 @@ def test_figures_8_and_9_have_a_panel_for_each_run_and_the_same_scale(runs: dict
         for axis in figure.axes:
             curves = [line for line in axis.lines if line.get_label()[0] != "_"]
             assert {str(line.get_label()).split()[0] for line in curves} == {axis.get_title()}
-            # Each role is named in the colour of its curve, and the colour is the same in both panels.
+            # Each role's name has the colour of its curve, and the colour is the same in both panels.
             named = {text.get_text(): text.get_color() for text in axis.texts}
             assert named["$W_{d}$"] == lines(figure)[str(curves[-1].get_label())].get_color()
             assert len(set(named.values())) == len(curves) == len(named)
@@ -151,7 +154,7 @@ def test_tokens_are_those_logged_at_the_steps(runs: dict[str, Scalars]):
 
 
 def test_tokens_between_two_logged_counts_are_interpolated(tmp_path: Path):
-    """An update ratio stands at the number of steps done, at which a run that logs seldom has no token count."""
+    """An update ratio is logged at the number of finished steps, where a run that logs rarely has no token count."""
     metrics = {0: {"time/token": 0.0}, 1: {"loss/train/total": 3.0}, 4: {"time/token": 400.0}}
     record(tmp_path, "run", metrics)
     (line,) = lines(draw("2", load_runs([tmp_path]), x="tokens")).values()
@@ -164,7 +167,7 @@ def test_smoothing_is_a_trailing_mean_before_the_points_themselves(tmp_path: Pat
     (axis,) = draw("2", load_runs([tmp_path]), smooth=3).axes
     points, mean = axis.lines
     np.testing.assert_array_equal(points.get_ydata(), values)
-    # By hand, without the NaN: 6/1, 9/2, 9/2, 8/2, 6/2; all exact in binary.
+    # By hand, without the NaN: 6/1, 9/2, 9/2, 8/2, 6/2. All are exact in binary.
     assert mean.get_ydata().tolist() == [6, 4.5, 4.5, 4, 3]
     assert points.get_alpha() < 0.5 and mean.get_label() == "run loss/train/total"
 
@@ -187,7 +190,7 @@ def test_csv_of_a_figure_draws_it_again(figure: str, x: str, tmp_path: Path, run
 
 @pytest.mark.parametrize("count", [8, 13])
 def test_many_runs_stay_apart(count: int, tmp_path: Path):
-    """Runs that end at the same loss have different colours, and names that do not overlap."""
+    """Runs that end at the same loss have different colours, and their names do not overlap."""
     for index in range(count):
         record(tmp_path, f"run{index}", {0: {"loss/train/total": 9.0}, 1: {"loss/train/total": 3.0 + index / 1e4}})
     figure = draw("2", load_runs([tmp_path]))
@@ -196,13 +199,13 @@ def test_many_runs_stay_apart(count: int, tmp_path: Path):
     (axis,) = figure.axes
     boxes = sorted((text.get_window_extent() for text in axis.texts), key=lambda box: box.y0)
     assert len(boxes) == count
-    # The boxes have the descender's height to spare: a quarter of a line.
+    # The boxes may overlap by the height of a descender, a quarter of a line.
     assert all(above.y0 > below.y1 - 0.25 * below.height for below, above in pairwise(boxes))
     assert boxes[0].x0 >= axis.bbox.x1 and boxes[-1].y1 < figure.bbox.y1
 
 
 def test_values_that_have_no_place_on_the_axis_leave_gaps(tmp_path: Path):
-    """A skipped step has ratio 0, a zero matrix inf, a diverged run NaN: the others set the limits."""
+    """A skipped step has ratio 0, a zero matrix inf, a diverged run NaN. Only the other values set the limits."""
     ratios = [1e-3, 0.0, float("inf"), float("nan"), 4e-3]
     metrics = {
         step: {
@@ -303,7 +306,7 @@ def test_command_passes_its_options_on(log_dir: Path, logged: Logged, tmp_path: 
 def test_table_has_the_losses_and_the_quotient_from_logs_and_from_its_csv(
     log_dir: Path, logged: Logged, tmp_path: Path
 ):
-    """In these logs W_d's ratio is (1 + block/7 + 5/61), under small_init 4 times that, W_u's (1 + block/7 + 4/61)."""
+    """In these logs W_d's ratio is 1 + block/7 + 5/61, under small_init 4 times that, and W_u's 1 + block/7 + 4/61."""
     options = ["--out", str(tmp_path / "figure.png"), "--table"]
     result = CliRunner().invoke(app, ["plot", str(log_dir), *options, "--csv", str(tmp_path / "kept.csv")])
     assert result.exit_code == 0, result.output

@@ -27,7 +27,7 @@ HEADER = b"run,metric,step,value\n"
 
 
 def assert_holds(read: Scalars, logged: dict[str, dict[int, float]]) -> None:
-    """All metrics, steps and values; TensorBoard rounds values to float32, so equality is exact after that."""
+    """Check all metrics, steps and values. TensorBoard rounds values to float32, so after rounding they are equal."""
     assert read.keys() == logged.keys()
     for metric, (steps, values) in read.items():
         assert steps.tolist() == sorted(logged[metric])
@@ -35,7 +35,7 @@ def assert_holds(read: Scalars, logged: dict[str, dict[int, float]]) -> None:
 
 
 class TwoMatrices(ComposerModel):
-    """A model with MPT's module names for one feed-forward part, and a loss in two parts."""
+    """A feed-forward part with MPT's module names, and a loss in two parts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class TwoMatrices(ComposerModel):
 
 
 def test_reads_what_a_trainer_logged(tmp_path: Path):
-    """Every scalar that Composer's in-memory logger holds of a real run with evaluations, and no other."""
+    """Every scalar that Composer's in-memory logger has of a real run with evaluations, and no other."""
     data = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
     loader = DataSpec(torch.utils.data.DataLoader(data, batch_size=4), get_num_tokens_in_batch=lambda batch: 8)
     memory, model = InMemoryLogger(), TwoMatrices()
@@ -102,7 +102,7 @@ def test_of_two_writes_at_a_step_the_later_wins_whatever_the_files_are_called(tm
     for index in range(3):
         record(tmp_path, "run", {0: {"loss/train/total": float(index)}})
         (file,) = (tmp_path / "run").glob("events*")
-        # Names hold a second and a counter without leading zeros, so they may well sort like this.
+        # File names contain a second and a counter without leading zeros, so they can sort in this order.
         file.rename(file.with_name(f"{9 - index}.{file.name}"))
     assert read_scalars(tmp_path)["loss/train/total"][1].tolist() == [2]
 
@@ -117,7 +117,7 @@ def test_resumed_run_is_one_curve_with_the_second_attempt_where_both_logged(tmp_
 
 
 def test_no_point_of_a_long_run_is_dropped(tmp_path: Path):
-    """TensorBoard itself would keep a sample of 10,000."""
+    """TensorBoard by default keeps a sample of 10,000 points."""
     logged = record(tmp_path, "run", {step: {"loss/train/total": step / 7} for step in range(10_050)}, 20_000)
     assert_holds(read_scalars(tmp_path), logged)
 
@@ -161,7 +161,7 @@ def test_load_runs_keeps_the_order_and_takes_labels(tmp_path: Path):
 @pytest.mark.parametrize("name", ["curves.csv", "curves.csv.xz"])
 def test_csv_gives_back_the_same_bits(tmp_path: Path, name: str):
     rng = np.random.default_rng(0)
-    # Any finite float32 is as good as any other here: all exponents, and what a diverged run logs.
+    # Finite float32 values of all exponents, and the values that a diverged run logs.
     values = rng.integers(0, 2**32, 4000, dtype=np.uint32).view(np.float32)
     values[:3] = np.nan, np.inf, -np.inf
     steps = np.sort(rng.choice(10**7, 4000, replace=False))
@@ -218,7 +218,10 @@ def test_paths_without_logs_are_refused(tmp_path: Path):
 
 
 def test_curves_know_their_matrix():
-    """By role, then by block as a number; of a vector gate the mean; other matrices by their own name."""
+    """Curves are sorted by role, then by block as a number.
+
+    A vector gate has its mean, other matrices their own name.
+    """
     one = (np.array([0]), np.float32([1]))
     keys = (
         "gate/model.lm_head",
@@ -247,7 +250,7 @@ def test_curves_know_their_matrix():
 
 
 def test_median_quotient_by_hand():
-    """Quotients 4, 2, 8 at the steps that both have logged; 0/0, x/0 and NaN do not count."""
+    """The quotients are 4, 2 and 8 at the steps that both have logged. 0/0, x/0 and NaN do not count."""
 
     def series(points: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
         return np.array(list(points)), np.float32(list(points.values()))

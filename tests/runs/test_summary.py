@@ -1,4 +1,4 @@
-"""What one run came to, and the table and curves of many."""
+"""The measures of one run, and the table and curves of many."""
 
 import math
 import statistics
@@ -42,7 +42,7 @@ def cells(text: str) -> list[list[str]]:
         ([*NOISE, 8.1], 1),
         ([*NOISE, -20.0], 0),  # downward
         ([*NOISE[1:], 50.0], 0),  # one step before the window is full
-        ([2.0] * 128 + [50.0], 0),  # no spread to judge by
+        ([2.0] * 128 + [50.0], 0),  # no spread
         ([*NOISE, math.nan], 0),
         ([], 0),
     ],
@@ -52,7 +52,7 @@ def test_spike_rule_by_hand(losses, number):
 
 
 def test_spikes_count_as_a_loop_over_steps_does():
-    """A spike raises the mean and deviation that the next ones are measured by."""
+    """A spike raises the mean and the deviation by which the following steps are judged."""
     losses = np.random.default_rng(0).normal(3.0, 0.05, 1000).astype(np.float32)
     losses[[150, 151, 152, 400, 800]] += [1.0, 1.0, 9.0, 0.5, 0.2]
     expected = 0
@@ -65,20 +65,20 @@ def test_spikes_count_as_a_loop_over_steps_does():
 
 def test_largest_jump_by_hand():
     assert largest_jump(np.array([5.0] * 16 + [4.0, 7.0, 6.5], dtype=np.float32)) == 2.0
-    # On a falling line the median of the 16 losses before is 8.5 steps higher.
+    # On a falling line the median of the previous 16 losses is 8.5 steps higher.
     assert largest_jump(np.arange(40.0)[::-1]) == -8.5
     assert math.isnan(largest_jump(np.array([5.0] * 16)))
 
 
 def test_measures_are_those_of_the_logs(tmp_path):
-    """Against values chosen here; only float32, in which TensorBoard keeps them, limits the agreement."""
+    """The expected values are chosen here. The tolerance is for float32, in which TensorBoard keeps values."""
     metrics = {}
     for step in range(1, 13):
         metrics[step] = {
             "loss/train/loss": 6.0 - step / 4,
             "loss/train/total": 7.0,
             "time/token": 4096.0 * step,
-            # The first batch takes 100 s, every other one 2 s.
+            # The first batch takes 100 s, each later batch 2 s.
             "time/train": 98.0 + 2.0 * step,
             "memory/peak_allocated_mem": 3.0 if step == 7 else 2.0,
         }
@@ -158,7 +158,7 @@ def test_the_written_table_names_conditions_and_failed_runs(tmp_path):
 
 
 def test_curves_are_the_means_over_seeds_in_front_of_the_seeds(tmp_path):
-    """float32 is what TensorBoard keeps, hence the tolerance."""
+    """The tolerance is for float32, in which TensorBoard keeps values."""
     losses = {(method, seed): np.linspace(8, 4 + seed, 30) for method in ("wesar", "he_init") for seed in (1, 2)}
     rows = []
     for (method, seed), values in losses.items():
