@@ -1,1 +1,1 @@
-"""Many runs: what they logged, figures, tables, and series under equal conditions."""
+"""Read the logs of runs, draw figures and tables, and train a series of runs under equal conditions."""

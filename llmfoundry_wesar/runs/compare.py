@@ -1,10 +1,10 @@
-"""Methods under equal conditions: a series of runs through the stock trainer, one process each, one after the other.
+"""Train several methods under equal conditions: a series of runs of the stock trainer, one after the other.
 
-`plan` lists the runs, `run_series` does those that are not done. The folder of a series holds
+`plan` lists the runs. `run_series` trains those that are not finished, each in its own process. A series has a folder:
 
-    runs.csv    a line for each run that ended, see `summary`
-    table.md    the runs of the last call, summed up
-    curves.png  their training losses
+    runs.csv    a row for each run that has ended, see `summary`
+    table.md    a summary of the runs of the last call
+    curves.png  the training losses of these runs
     logs/  tensorboard/  checkpoints/ (if the config saves any), with an entry for each run
 """
 
@@ -39,7 +39,7 @@ from llmfoundry_wesar.methods import load
 from llmfoundry_wesar.runs.scalars import read_scalars, replacing
 from llmfoundry_wesar.runs.summary import Row, append_rows, draw_curves, measure, read_rows, write_table
 
-# What a run is called, where it writes and what it prints; `variables` act through the keys that refer to them.
+# Config keys that do not change the result and so are not hashed. `variables` act through the keys that refer to them.
 _NO_EFFECT = {"autoresume", "console_log_interval", "flatten_metadata", "log_config", "log_to_console", "loggers"}
 _NO_EFFECT |= {"metadata", "progress_bar", "python_log_level", "run_name", "variables"}
 _OURS = ("variables.method", "seed", "train_loader.dataset.shuffle_seed", "run_name", "loggers.tensorboard.log_dir")
@@ -52,17 +52,17 @@ class Run:
     """One run of a series.
 
     Attributes:
-        name: Of its log and of its TensorBoard folder.
+        name: Name of the log and of the TensorBoard folder.
         method: A file of `methods`.
         variation: `key=value` of every varied key, separated by spaces.
-        seed: Of the trainer and of the data order.
+        seed: Seed of the trainer and of the data order.
         config: The training YAML.
-        overrides: What the run changes of it, apart from where it writes.
-        config_hash: Of all in the expanded config that the result may depend on.
-        parameters: Of the model.
+        overrides: Changes to the YAML, without the output paths.
+        config_hash: Hash of all keys of the expanded config that can change the result.
+        parameters: Number of parameters of the model.
         held_out: Metric key of the held-out loss.
-        nproc: Processes that Composer's launcher starts; None to do without it.
-        command: What starts the run.
+        nproc: Number of processes that Composer's launcher starts; None to run without the launcher.
+        command: Command that starts the run.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Run:
 
 def _hash(config: Mapping[str, Any]) -> str:
     kept = {key: value for key, value in config.items() if key not in _NO_EFFECT and not key.startswith("save_")}
-    # By name too: two methods that come to the same are two lines of a table.
+    # The name is part of the hash, so that two methods with equal configs stay two rows of the table.
     text = json.dumps([config["variables"]["method"], kept], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -94,27 +94,27 @@ def plan(
     overrides: Sequence[str] = (),
     nproc: int | None = None,
 ) -> list[Run]:
-    """Lists the runs of a series, the first seed of everything before the second one of anything.
+    """List the runs of a series. All runs of the first seed come before those of the second seed.
 
     Args:
-        config: A training YAML with an `eval_loader`; of a list of them the first gives the held-out loss.
+        config: A training YAML with an `eval_loader`. If that is a list, its first loader gives the held-out loss.
         methods: Values of `variables.method`.
         seeds: Values of both `seed` and `train_loader.dataset.shuffle_seed`.
         out: The folder of the series.
         vary: `key=v1,v2,…` each; every combination is run with each method and seed.
         overrides: `key=value` for all runs, as for the trainer.
-        nproc: Start so many processes with Composer's launcher. This is no part of the hash.
+        nproc: Number of processes that Composer's launcher starts for each run. It is not part of the hash.
 
     Returns:
-        The runs, those that are done included.
+        All runs, also the finished ones.
 
     Raises:
-        FileNotFoundError: There is no such YAML.
-        ValueError: An empty list, an unknown method, a key or run that occurs twice, or a config that has no
-            `eval_loader` or that `inspect_config` refuses.
+        FileNotFoundError: The YAML does not exist.
+        ValueError: A list is empty, a method is unknown, a key or run occurs twice, the config has no `eval_loader`,
+            or `inspect_config` refuses it.
     """
     pairs = [text.partition("=") for text in vary]
-    # Not at the commas of a list in brackets, which is one value.
+    # Split at commas, but not inside brackets: a YAML list is one value.
     sweeps = [[f"{key}={value}" for value in re.split(r",(?![^\[]*\])", values) if value] for key, _, values in pairs]
     lists = {"methods": methods, "seeds": seeds} | {
         f"vary {text}": sweep for text, sweep in zip(vary, sweeps, strict=True)
@@ -133,7 +133,7 @@ def plan(
         return inspect_config(load_config(config, list(arguments))).parameters
 
     out = Path(out).resolve()
-    # What a shell would find may belong to another environment.
+    # Use the launcher of this Python environment; the one on PATH may belong to another.
     scripts = Path(sysconfig.get_path("scripts"))
     launcher = () if nproc is None else (str(scripts / "composer"), "-n", str(nproc), "-c")
     runs: dict[str, Run] = {}
@@ -149,11 +149,12 @@ def plan(
                 label = f"{label}/"
             case _:
                 raise ValueError(
-                    f"{config}: eval_loader must be a loader, or a list whose first has a label, for the held-out loss"
+                    f"{config}: eval_loader must be a loader, or a list whose first loader has a label: it gives the "
+                    "held-out loss"
                 )
         config_hash = _hash(expanded)
         if config_hash in runs:
-            raise ValueError(f"{' '.join(own)}: this run would be done twice; name each method, seed and value once")
+            raise ValueError(f"{' '.join(own)}: the plan has this run twice; name each method, seed and value once")
         short = (re.sub(r"^[^=]*\.", "", text) for text in varied)
         name = re.sub(r"[^\w.=-]", "_", "-".join([method, *short, f"seed{seed}", config_hash]))
         where = [f"run_name={name}", f"loggers.tensorboard.log_dir={out / 'tensorboard'}", "log_to_console=true"]
@@ -177,16 +178,18 @@ def plan(
 
 
 def results(runs: Sequence[Run], out: str | Path) -> list[Row]:
-    """The line of `runs.csv` for each of the runs that ended, in their order; of several, the finished or last one.
+    """Return the row of `runs.csv` for each run that has ended, in the order of `runs`.
+
+    If a run has several rows, take the finished one, else the last.
 
     Raises:
-        FileExistsError: The folder holds something that is no series.
+        FileExistsError: The folder is not empty and is not the folder of a series.
         ValueError: As in `read_rows`.
     """
     out = Path(out)
     if not (out / "runs.csv").exists():
         if out.exists() and (out.is_file() or any(out.iterdir())):
-            raise FileExistsError(f"{out}: holds something else than a series (it has no runs.csv); name a new folder")
+            raise FileExistsError(f"{out}: not the folder of a series (it has no runs.csv); name a new folder")
         return []
     rows = sorted(read_rows(out / "runs.csv"), key=lambda row: row["status"] == "finished")
     found = {row["config_hash"]: row for row in rows}
@@ -199,7 +202,7 @@ def _finished(runs: Sequence[Run], out: Path) -> set[str]:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[IO[str]]:
-    """Make the folder if need be, and keep others out of it while this process or a trainer that it started lives."""
+    """Create the folder if needed, and lock it until this process and the trainers that it started have ended."""
     for name in ("logs", "tensorboard"):
         (out / name).mkdir(parents=True, exist_ok=True)
     append_rows(out / "runs.csv", [])
@@ -215,7 +218,7 @@ def _locked(out: Path) -> Iterator[IO[str]]:
 def _conditions(nproc: int | None) -> dict[str, str]:
     root = Path(__file__).parents[2]
     commit = importlib.metadata.version("llmfoundry_wesar")
-    # In site-packages git would find the repository of a project around it.
+    # Ask git only in a clone: from site-packages it would find the repository of whatever project is around.
     if (root / ".git").exists():
         git = ["git", "-C", str(root), "--no-optional-locks", "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or commit
@@ -230,7 +233,10 @@ def _conditions(nproc: int | None) -> dict[str, str]:
 
 
 def _progress(log: Path) -> float:
-    """How far the trainer is, by its last line such as `[batch=50/300]:`; within the epoch if it counts those."""
+    """Return the share of the run that is done, from the last log line such as `[batch=50/300]:`.
+
+    If the log counts epochs, it is the share of the present epoch.
+    """
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 50_000))
         found = re.findall(rb"^(?:\[epoch=\d+\])?\[\w+=(\d+)/(\d+)\]", file.read(), re.MULTILINE)
@@ -238,10 +244,10 @@ def _progress(log: Path) -> float:
 
 
 def _train(run: Run, log: Path, lock: IO[str], bar: tqdm) -> tuple[int, float]:
-    """Run the trainer; return its exit code, negative for a signal, and its peak resident set in 10⁹ bytes."""
+    """Run the trainer. Return its exit code (negative for a signal) and its peak resident memory in 10⁹ bytes."""
     with log.open("w") as output:
         print("$", shlex.join(run.command), file=output, flush=True)
-        # The lock goes with the trainer, which outlives this process if that is killed.
+        # The trainer inherits the lock, because it goes on if this process is killed.
         trainer = subprocess.Popen(
             run.command,
             stdin=subprocess.DEVNULL,
@@ -255,7 +261,7 @@ def _train(run: Run, log: Path, lock: IO[str], bar: tqdm) -> tuple[int, float]:
         lock.truncate(0)
         left = f"process {os.getpid()}, or if that is gone process group {trainer.pid}"
         print(left, end="", file=lock, flush=True)
-        # Popen does not tell how much memory its process took.
+        # Popen.wait does not report peak memory, os.wait4 does.
         while not (ended := os.wait4(trainer.pid, os.WNOHANG))[0]:
             time.sleep(0.5)
             bar.n = done + _progress(log)
@@ -272,9 +278,9 @@ def _train(run: Run, log: Path, lock: IO[str], bar: tqdm) -> tuple[int, float]:
 
 
 def _do(run: Run, out: Path, lock: IO[str], bar: tqdm) -> str:
-    """One run from start to its line in `runs.csv`; returns what to tell the user."""
+    """Train one run and append its row to `runs.csv`. Return the message for the user."""
     if _hash(load_config(run.config, list(run.overrides))) != run.config_hash:
-        raise ValueError(f"{run.config}: this or its method was changed while the series ran; start compare again")
+        raise ValueError(f"{run.config}: the YAML or its method changed while the series ran; start compare again")
     log, scalars = out / "logs" / f"{run.name}.txt", out / "tensorboard" / run.name
     if "autoresume=true" not in run.command:
         shutil.rmtree(scalars, ignore_errors=True)
@@ -300,11 +306,11 @@ def _do(run: Run, out: Path, lock: IO[str], bar: tqdm) -> str:
 
 
 def run_series(runs: Sequence[Run], out: str | Path) -> list[Row]:
-    """Does those runs of a plan that are not recorded as finished, and sums up all of them.
+    """Train the runs of a plan that are not finished yet, and write table and curves of all of them.
 
-    A run that fails is recorded, reported and tried again at the next call; one that is killed is only reported; the
-    others go on. A run starts from the beginning, or from its last checkpoint if the config saves any. SIGTERM and
-    ctrl-C stop the present run.
+    A run that fails gets a row and is tried again at the next call. A run that is killed gets no row. Both are
+    reported, and the series goes on. A run starts from its last checkpoint if the config saves any, else from the
+    beginning. SIGTERM and ctrl-C stop the present run and end the series.
 
     Args:
         runs: From `plan`.
@@ -316,8 +322,8 @@ def run_series(runs: Sequence[Run], out: str | Path) -> list[Row]:
     Raises:
         FileExistsError: As in `results`.
         KeyboardInterrupt: On SIGTERM or ctrl-C.
-        RuntimeError: Another series, or a trainer that one left behind, still runs in the folder.
-        ValueError: As in `results`, or the YAML is no longer that of the plan, or its data are not there.
+        RuntimeError: Another series, or a trainer that it left behind, still runs in the folder.
+        ValueError: As in `results`; the YAML has changed since the plan, or its data do not exist.
     """
     out = Path(out).resolve()
     done = _finished(runs, out)
@@ -327,8 +333,8 @@ def run_series(runs: Sequence[Run], out: str | Path) -> list[Row]:
     on_term = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with _locked(out) as lock:
-            done = _finished(runs, out)  # again, since another series may have ended here meanwhile
-            # Without smoothing the remaining time is by the mean of the runs so far. None: no bar off a terminal.
+            done = _finished(runs, out)  # again: another series may have ended before we got the lock
+            # smoothing=0: remaining time from the mean of all runs so far. disable=None: no bar outside a terminal.
             with tqdm(total=len(runs), initial=len(done), smoothing=0, bar_format=_BAR, disable=None) as bar:
                 for number, run in enumerate((run for run in runs if run.name not in done), len(done) + 1):
                     bar.set_description(run.name)

@@ -1,7 +1,7 @@
-"""Draws the paper's figures from what runs logged.
+"""Draw the paper's figures from the logs of runs.
 
-`plot` goes all the way from folders to a picture; `draw` starts from metrics in memory. A block has the index that it
-has in the metric key: `blocks.0` is the paper's 1st layer.
+`plot` reads folders and writes a picture; `draw` starts from metrics in memory. Blocks are counted from 0, as in the
+metric keys: `blocks.0` is the paper's 1st layer.
 """
 
 import math
@@ -31,7 +31,7 @@ from llmfoundry_wesar.runs.scalars import (
 
 
 class Spec(NamedTuple):
-    """What a figure shows: one panel for each value of the `Curve` attribute that `panels` names."""
+    """What a figure shows. It has one panel for each value of the `Curve` attribute that `panels` names."""
 
     shows: str
     panels: str
@@ -65,7 +65,7 @@ _HOW_TO_LOG = {
     "gate": "a model with gates, with callbacks.gate_monitor in the YAML",
 }
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; grey takes the place of their yellow.
+# Okabe and Ito's colours, which colour-blind readers can distinguish; grey replaces their yellow.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C"]
 
 STYLE: dict[Any, Any] = {
@@ -84,36 +84,36 @@ _SUFFIXES = (".pdf", ".png", ".svg")
 
 
 def _in_block(curves: list[Curve], layer: int | None) -> list[Curve]:
-    """The curves of block `layer`, or of the last one."""
+    """Return the curves of block `layer`, or of the last block if it is None."""
     blocks = sorted({curve.block for curve in curves if curve.block is not None})
     if layer is not None and blocks and layer not in blocks:
         raise ValueError(
             f"run {curves[0].run!r} has no {curves[0].family} metrics of block {layer}: "
-            f"--layer counts from 0, logged are {', '.join(map(str, blocks))}"
+            f"--layer counts from 0; the logged blocks are {', '.join(map(str, blocks))}"
         )
     return [curve for curve in curves if curve.block in (blocks[-1:] if layer is None else [layer])]
 
 
 def select(figure: str, runs: Mapping[str, Scalars], layer: int | None = None) -> list[Curve]:
-    """Picks the curves of a figure.
+    """Select the curves of a figure.
 
-    A model with z-loss logs its cross-entropy as `loss/train/loss` and the sum as `loss/train/total`, any other model
-    only the latter. The cross-entropy is taken from each, so that the curves compare.
+    The loss is the cross-entropy, also for a model with z-loss. Such a model logs the cross-entropy as
+    `loss/train/loss` and the sum as `loss/train/total`; any other model logs only `loss/train/total`.
 
     Args:
         figure: A name in `FIGURES`.
         runs: Name → metrics, as from `load_runs`.
-        layer: Index of the block, from 0; None takes the last one of each run, for `gates` all of them.
+        layer: Index of the block, from 0. None: the last block of each run; for `gates`, all blocks.
 
     Raises:
-        ValueError: Unknown figure, a run without metrics that the figure needs, or a block that it has not logged.
+        ValueError: The figure is unknown, or a run has not logged metrics or a block that the figure needs.
     """
     if figure not in FIGURES:
         known = "; ".join(f"{name} ({spec.shows})" for name, spec in FIGURES.items())
-        raise ValueError(f"unknown figure {figure!r}, known are: {known}")
+        raise ValueError(f"unknown figure {figure!r}; the figures are: {known}")
     spec = FIGURES[figure]
     if layer is not None and spec.families == ("loss",):
-        raise ValueError(f"figure {figure} shows nothing but the loss: leave out --layer")
+        raise ValueError(f"figure {figure} shows only the loss: leave out --layer")
     curves = []
     for run, scalars in runs.items():
         for family in spec.families + spec.also:
@@ -135,14 +135,14 @@ def _x_values(run: str, scalars: Scalars, steps: np.ndarray, x: str) -> np.ndarr
     if x == "step":
         return steps
     if x != "tokens":
-        raise ValueError(f"x is step or tokens, not {x!r}")
+        raise ValueError(f"--x {x}: must be step or tokens")
     if "time/token" not in scalars:
-        raise ValueError(f"run {run!r} has no time/token metric, its data loader counts no tokens: use --x step")
+        raise ValueError(f"run {run!r} has no time/token metric: its data loader does not count tokens; use --x step")
     return np.interp(steps, *scalars["time/token"])
 
 
 def _moving_average(values: np.ndarray, points: int) -> np.ndarray:
-    """Mean of the last `points` values, of fewer at the start, without those that are not finite."""
+    """Return at each point the mean of the last `points` finite values (fewer at the start)."""
     finite = np.isfinite(values)
     total = np.convolve(np.where(finite, values, 0), np.ones(points))[: len(values)]
     count = np.convolve(finite, np.ones(points))[: len(values)]
@@ -157,7 +157,7 @@ def _line_style(curve: Curve, spec: Spec, deepest: int) -> dict[str, Any]:
     if curve.virtual:
         return {"linestyle": "--" if curve.role == "W_u" else "-", "linewidth": 0.7}
     if spec.roles and curve.role:
-        # Where both coincide, as they should under WeSaR, the narrow dashes stay visible on the pale broad line.
+        # Under WeSaR the two lines should coincide: narrow dashes stay visible on a broad pale line.
         return {"linestyle": "--", "zorder": 3} if curve.role == "W_u" else {"linewidth": 2.2, "alpha": 0.6}
     if spec.panels == "role" and curve.block is not None:
         return {"alpha": 0.25 + 0.75 * (curve.block + 1) / (deepest + 1)}
@@ -176,7 +176,7 @@ def _layout(spec: Spec, panels: Sequence[str]) -> tuple[Figure, dict[str, Axes]]
     for position, (panel, axis) in enumerate(axes.items()):
         quantity = panel if spec.panels == "family" else spec.families[0]
         if quantity not in ("loss", "gate"):
-            # A step without an update has a ratio of 0, which has no place on a logarithmic axis: leave a gap.
+            # A step without an update has the ratio 0, which a logarithmic axis cannot show: leave a gap.
             axis.set_yscale("log", nonpositive="mask")
         if quantity == "weight_norm":
             for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
@@ -206,7 +206,7 @@ def _label_axes(picture: Figure, axes: dict[str, Axes], spec: Spec, curves: Sequ
 
 
 def _label_ends(axis: Axes, lines: Sequence[tuple[str, Line2D]], gap: float) -> None:
-    """Writes a name beside each line's last point, moved up or down to be `gap` (of the axis) apart."""
+    """Write each line's name beside its last point. Names are moved to be `gap` apart, as a fraction of the axis."""
     low, high = axis.get_ylim()
     ends = []
     for name, line in lines:
@@ -239,26 +239,26 @@ def _explain_roles(axis: Axes, spec: Spec, curves: Sequence[Curve]) -> None:
 def draw(
     figure: str, runs: Mapping[str, Scalars], layer: int | None = None, smooth: int = 1, x: str = "step"
 ) -> Figure:
-    """Draws one of the paper's figures.
+    """Draw one of the paper's figures.
 
-    Figures 1 to 3 give each run a colour, W_d a solid line and W_u a dashed one; 8 and 9 give each run a panel and each
-    role a colour; `gates` gives each role a panel and each run a colour, pale for the first block, full for the last.
+    In figures 1 to 3 each run has a colour; W_d is a solid line and W_u a dashed one. In 8 and 9 each run has a panel
+    and each role a colour. In `gates` each role has a panel and each run a colour, palest for the first block.
 
     Args:
         figure: A name in `FIGURES`.
         runs: Name → metrics, as from `load_runs`.
-        layer: Index of the block, from 0; None takes the last one of each run, for `gates` all of them.
-        smooth: Draws the mean of the last `smooth` logged points, and the points themselves faintly behind it.
+        layer: Index of the block, from 0. None: the last block of each run; for `gates`, all blocks.
+        smooth: Draw the mean of the last `smooth` logged points, and the points themselves as a pale line.
         x: `step` or `tokens`.
 
     Returns:
         The figure. Each curve has the label `<run> <metric>`.
 
     Raises:
-        ValueError: As in `select`; `smooth` below 1, another `x`, or a run without token counts.
+        ValueError: As in `select`; `smooth` is below 1, `x` is unknown, or a run has no token counts.
     """
     if smooth < 1:
-        raise ValueError(f"smooth is a number of points from 1, not {smooth}")
+        raise ValueError(f"--smooth {smooth}: must be at least 1")
     curves = select(figure, runs, layer)
     spec = FIGURES[figure]
     roles = sorted({curve.role for curve in curves}, key=rank)
@@ -299,7 +299,7 @@ def draw(
 
 
 def shown(figure: str, runs: Mapping[str, Scalars], layer: int | None = None, x: str = "step") -> dict[str, Scalars]:
-    """The part of the metrics that `draw` needs for a figure; over tokens, `time/token` at the steps that it shows.
+    """Return the metrics that `draw` needs for a figure. With `x` = tokens, also `time/token` at their steps.
 
     Raises:
         ValueError: As in `draw`.
@@ -325,33 +325,33 @@ def plot(
     csv: str | Path | None = None,
     tabled: bool = False,
 ) -> str | None:
-    """Reads runs and writes the picture of a figure.
+    """Read runs and write the picture of a figure.
 
     Args:
         paths: TensorBoard folders and CSV files, as for `load_runs`.
-        out: The picture: `.png`, `.svg` or `.pdf`. It takes the place of an older one only when it is complete.
+        out: The picture: `.png`, `.svg` or `.pdf`. An older one is replaced only when the new one is complete.
         figure: As in `draw`.
         layer: As in `draw`.
         labels: Names of the runs, as for `load_runs`.
         smooth: As in `draw`.
         x: As in `draw`.
-        csv: A file for the logged values of the curves that the picture shows; it serves as one of `paths`.
-        tabled: Whether a `table` is wanted too: the runs must have what it sums up, and that file gets it.
+        csv: A file for the logged values of the curves in the picture. It can be one of `paths` later.
+        tabled: Whether to return the `table` too, and to write the metrics that it needs to `csv`.
 
     Returns:
         The `table`, if `tabled`.
 
     Raises:
         FileNotFoundError: As in `load_runs`.
-        ValueError: As in `load_runs`, `draw` and, if `tabled`, `table`, or another suffix of `out` or `csv`.
+        ValueError: As in `load_runs` and `draw`, if `tabled` as in `table`; `out` or `csv` has a wrong suffix.
     """
     if Path(out).suffix not in _SUFFIXES:
-        raise ValueError(f"{out}: a picture is a file of type {', '.join(_SUFFIXES)}")
+        raise ValueError(f"--out {out}: the suffix must be {' or '.join(_SUFFIXES)}")
     if csv is not None and Path(csv).suffix != ".csv":
-        raise ValueError(f"{csv}: the curves' values go into a .csv file")
+        raise ValueError(f"--csv {csv}: the suffix must be .csv")
     runs = load_runs(paths, labels)
     picture = draw(figure, runs, layer, smooth, x)
-    summed_up = table(runs) if tabled else None  # before anything is written: a run may lack what it needs
+    summed_up = table(runs) if tabled else None  # before anything is written, because a run may lack metrics for it
     if csv is not None:
         part = shown(figure, runs, layer, x)
         write_csv(csv, {run: part[run] | (_summed_up(runs[run]) if tabled else {}) for run in runs})
@@ -365,17 +365,17 @@ def _held_out(scalars: Scalars) -> list[str]:
 
 
 def _summed_up(scalars: Scalars) -> Scalars:
-    """The metrics that `table` reads."""
+    """Return the metrics that `table` reads."""
     curves = [curve for family in ("loss", "update_ratio") for curve in find_curves("", scalars, family)]
     kept = [curve.metric for curve in curves if curve.role in ("", "W_d", "W_u")]
     return {metric: scalars[metric] for metric in [*kept, *_held_out(scalars)]}
 
 
 def table(runs: Mapping[str, Scalars]) -> str:
-    """A Markdown table of what runs came to.
+    """Make a Markdown table of runs.
 
-    Final loss: the mean of the last 10 logged. Held-out loss: the last of the first evaluation set, if there is any.
-    The quotient: `median_update_ratio_quotient`.
+    Final loss: mean of the last 10 logged losses. Held-out loss: last loss on the first evaluation set, if there is
+    one. Last column: `median_update_ratio_quotient`.
 
     Raises:
         ValueError: A run has no loss or no update ratios of W_d and W_u.

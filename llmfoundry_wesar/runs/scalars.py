@@ -1,4 +1,4 @@
-"""What runs logged: metrics from TensorBoard folders and CSV files, and which matrix of which block each is of."""
+"""Read the metrics of runs from TensorBoard folders and CSV files, and find the matrix and block of each metric."""
 
 import csv
 import lzma
@@ -17,11 +17,11 @@ from tensorboard.backend.event_processing.event_accumulator import SCALARS, Even
 from llmfoundry_wesar.roles import BY_NAME, find_role
 
 Scalars = dict[str, tuple[np.ndarray, np.ndarray]]
-"""Metric key → (steps, values): int64, increasing, and float32, which is what TensorBoard keeps."""
+"""Metric key → (steps, values). Steps are int64 and increasing; values are float32, as in TensorBoard."""
 
 
 class Curve(NamedTuple):
-    """One metric of one run; the loss has no role and no block, W_e and W_p have no block."""
+    """One metric of one run. The loss has no role and no block; W_e and W_p have no block."""
 
     run: str
     metric: str
@@ -36,7 +36,7 @@ class Curve(NamedTuple):
 
 
 def _series(points: Iterable[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Sorts points by step; of two at one step the later in `points` wins."""
+    """Sort points by step. If a step occurs twice, keep the later point of `points`."""
     latest = dict(points)
     steps = sorted(latest)
     return np.array(steps, dtype=np.int64), np.array([latest[step] for step in steps], dtype=np.float32)
@@ -51,17 +51,17 @@ def _read_folder(path: Path) -> dict[str, Scalars]:
         )
     events = defaultdict(lambda: defaultdict(list))
     for file in files:
-        # With its default size guidance the accumulator keeps a random sample.
+        # 0 keeps all points; the default keeps a random sample.
         accumulator = EventAccumulator(str(file), size_guidance={SCALARS: 0}).Reload()
         for tag in accumulator.Tags()[SCALARS]:
-            # At every evaluation Composer repeats the last losses as hparams/…, in a folder of its own.
+            # At every evaluation Composer writes the last losses again as hparams/…, into another folder.
             if not tag.startswith("hparams/"):
                 events[file.parent][tag] += accumulator.Scalars(tag)
     if not events:
         raise ValueError(f"{path}: no metrics in its {len(files)} TensorBoard event files")
     return {
         folder.resolve().name if len(events) == 1 else folder.relative_to(path).as_posix(): {
-            # By time, because file names do not sort by it within a second.
+            # Sort by time here: the file names have whole seconds, so their order is not enough.
             tag: _series((event.step, event.value) for event in sorted(found, key=lambda event: event.wall_time))
             for tag, found in tags.items()
         }
@@ -97,21 +97,21 @@ def _read_csv(path: Path) -> dict[str, Scalars]:
 
 
 def read_runs(path: str | Path) -> dict[str, Scalars]:
-    """Reads every run in a TensorBoard folder, or in a `.csv` or `.csv.xz` file of `write_csv`.
+    """Read every run in a TensorBoard folder, or in a `.csv` or `.csv.xz` file of `write_csv`.
 
     Composer's `TensorboardLogger` opens a new event file in `<log_dir>/<run_name>` after each flush, so all files of
-    one folder are one run. A run resumed from a checkpoint logs some steps again: the later write wins. (So a run that
-    starts afresh in a folder with event files looks like a resumed one.)
+    one folder are one run. A run resumed from a checkpoint logs some steps again; the later value is kept. A new run
+    in a folder with old event files cannot be told from a resumed one.
 
     Args:
-        path: A run's folder, one above it (such as `log_dir`, with all runs in it), or a file.
+        path: A run's folder, a folder above it (such as `log_dir`, with all runs in it), or a file.
 
     Returns:
-        Name → metrics. A run in a folder is called after the folder of its event files; of several, each is called
-        by its path below `path`.
+        Name → metrics. The name is that of the folder with the event files, or, if there are several such folders,
+        the path of each below `path`.
 
     Raises:
-        FileNotFoundError: Nothing is at `path`, or the folder has no event files.
+        FileNotFoundError: `path` does not exist, or the folder has no event files.
         ValueError: There are no metrics at `path`, or it is damaged or another kind of file.
     """
     path = Path(path)
@@ -125,7 +125,7 @@ def read_runs(path: str | Path) -> dict[str, Scalars]:
 
 
 def read_scalars(run: str | Path) -> Scalars:
-    """Reads the metrics of the one run at a path; see `read_runs`.
+    """Read the metrics of the one run at a path; see `read_runs`.
 
     Raises:
         FileNotFoundError: As in `read_runs`.
@@ -138,29 +138,30 @@ def read_scalars(run: str | Path) -> Scalars:
 
 
 def load_runs(paths: Sequence[str | Path], labels: Sequence[str] = ()) -> dict[str, Scalars]:
-    """Reads the runs at all paths, in their order, under `labels` or else their own names; see `read_runs`.
+    """Read the runs at all paths, in this order, and name them by `labels` if given; see `read_runs`.
 
     Raises:
         FileNotFoundError: As in `read_runs`.
-        ValueError: As in `read_runs`; there is not one label for each run, or two runs have the same name.
+        ValueError: As in `read_runs`; the number of labels is not that of the runs, or two runs have the same name.
     """
     found = [run for path in paths for run in read_runs(path).items()]
     names = list(labels) or [name for name, _ in found]
     if len(names) != len(found):
-        raise ValueError(f"{len(names)} labels for {len(found)} runs: {', '.join(name for name, _ in found)}")
+        runs = ", ".join(name for name, _ in found)
+        raise ValueError(f"{len(names)} labels for {len(found)} runs: {runs}; give one --label for each run")
     if repeated := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{len(repeated)} runs are called {repeated[0]!r}: give every run its own --label")
     return {name: scalars for name, (_, scalars) in zip(names, found, strict=True)}
 
 
 def rank(role: str) -> tuple[int, str]:
-    """Sorts roles as in `BY_NAME`, others by name behind them."""
+    """Return a sort key: roles in the order of `BY_NAME`, then other names in alphabetical order."""
     names = list(BY_NAME)
     return (names.index(role) if role in names else len(names), role)
 
 
 def find_curves(run: str, scalars: Scalars, prefix: str) -> list[Curve]:
-    """The curves of all metrics `<prefix>/<module>`, by role, then by block; one curve for the loss."""
+    """Return the curves of all metrics `<prefix>/<module>`, sorted by role, then block. For `loss`, at most one."""
     if prefix == "loss":
         metrics = [key for key in ("loss/train/loss", "loss/train/total") if key in scalars]
         return [Curve(run, metric, "loss") for metric in metrics[:1]]
@@ -178,9 +179,9 @@ def find_curves(run: str, scalars: Scalars, prefix: str) -> list[Curve]:
 
 
 def write_csv(path: str | Path, runs: Mapping[str, Scalars]) -> None:
-    """Writes rows run,metric,step,value, with as many digits as float32 needs: `read_runs` gives back the same.
+    """Write rows run,metric,step,value, with all digits of float32, so that `read_runs` returns equal values.
 
-    A path that ends with `.xz` is compressed.
+    If the path ends with `.xz`, the file is compressed.
     """
     with replacing(path) as partial, _open_csv(partial, "w") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -192,7 +193,7 @@ def write_csv(path: str | Path, runs: Mapping[str, Scalars]) -> None:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A file to write that takes the place of `path` once it is complete."""
+    """Yield a temporary file to write. It replaces `path` at the end, and is removed if anything fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
@@ -204,10 +205,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def median_update_ratio_quotient(scalars: Scalars) -> float:
-    """The median over steps and blocks of (‖ΔW_d‖/‖W_d‖) / (‖ΔW_u‖/‖W_u‖).
+    """Return the median over steps and blocks of (‖ΔW_d‖/‖W_d‖) / (‖ΔW_u‖/‖W_u‖).
 
-    It is 1 where both matrices move at the same relative pace, as WeSaR intends (section 4.1 of the paper). Steps at
-    which either ratio is 0 or not finite, such as skipped ones, are left out.
+    It is 1 if both matrices move at the same relative pace, as WeSaR intends (section 4.1 of the paper). Steps with a
+    ratio that is 0 or not finite, such as skipped steps, do not count.
 
     Raises:
         ValueError: No block has update ratios of both matrices.

@@ -1,6 +1,6 @@
-"""What runs came to: the figures of one, and the table and loss curves of many.
+"""Summarise runs: the results of each as a row of `runs.csv`, and a table and loss curves of many.
 
-`runs.csv` has a line for each run that ended, with `COLUMNS`. It is only ever appended to.
+`runs.csv` has a row with `COLUMNS` for each run that has ended. Rows are only appended, never changed.
 """
 
 import csv
@@ -17,28 +17,28 @@ from llmfoundry_wesar.runs.plot import draw
 from llmfoundry_wesar.runs.scalars import Scalars, find_curves, read_scalars, replacing
 
 Row = dict[str, str]
-"""A line of `runs.csv`: column → text, empty where a failed run has no value."""
+"""A row of `runs.csv`: column → text, empty if a failed run has no value."""
 
 COLUMNS = {
-    "run": "name of its log and of its TensorBoard folder",
+    "run": "name of the log and of the TensorBoard folder",
     "method": "variables.method",
     "variation": "key=value of every varied key, separated by spaces",
-    "seed": "of the trainer and of the data order",
-    "config_hash": "of all in the expanded config that the result may depend on",
+    "seed": "seed of the trainer and of the data order",
+    "config_hash": "hash of all keys of the expanded config that can change the result",
     "status": "finished or failed",
-    "commit": "of this project, -dirty with uncommitted changes; without a repository its version",
-    "versions": "of the packages",
-    "hardware": "what it ran on",
-    "tokens": "trained on",
+    "commit": "commit of this project, -dirty with uncommitted changes; its version if there is no repository",
+    "versions": "versions of the packages",
+    "hardware": "processor or GPU, and their number",
+    "tokens": "training tokens",
     "final_loss": "training cross-entropy, mean of the last FINAL_BATCHES batches",
-    "held_out_loss": "cross-entropy on eval_loader, of a list on the first, at the end",
-    "held_out_perplexity": "its exponential",
-    "tokens_per_second": "of training without evaluation, from the end of the first batch to that of the last one",
+    "held_out_loss": "cross-entropy on eval_loader (the first, if it is a list) at the end",
+    "held_out_perplexity": "exponential of held_out_loss",
+    "tokens_per_second": "training without evaluation, from the end of the first batch to the end of the last",
     "peak_memory_gb": "in 10⁹ bytes: what torch allocated on rank 0's GPU, else the largest process's resident set",
-    "parameters": "of the model, gates and norms included",
+    "parameters": "number of parameters of the model, with gates and norms",
     "largest_jump": "see largest_jump",
     "spikes": "see spikes",
-    "wall_seconds": "from start to end of the process",
+    "wall_seconds": "time from start to end of the process",
 }
 
 FINAL_BATCHES = 10
@@ -60,10 +60,11 @@ _LOSS = "loss/train/loss"
 
 
 def spike_steps(losses: np.ndarray) -> np.ndarray:
-    """Indices of the losses more than 6 standard deviations above the mean of the 128 losses before.
+    """Return the indices of the losses more than 6 standard deviations above the mean of the 128 losses before.
 
-    This is the rule of OLMo-core's `StabilityMonitorCallback`, whose spike score is their number over that of all
-    steps: upward only, population standard deviation, the first 128 steps and a constant loss not judged.
+    This is the rule of OLMo-core's `StabilityMonitorCallback`; its spike score is the number of spikes divided by the
+    number of steps. The standard deviation is the population's. The first 128 steps are never spikes, nor is a step
+    after 128 equal losses.
     """
     if len(losses) <= SPIKE_WINDOW:
         return np.array([], dtype=np.int64)
@@ -74,14 +75,15 @@ def spike_steps(losses: np.ndarray) -> np.ndarray:
 
 
 def spikes(losses: np.ndarray) -> int:
-    """Number of `spike_steps`."""
+    """Count the `spike_steps`."""
     return len(spike_steps(losses))
 
 
 def largest_jump(losses: np.ndarray) -> float:
-    """The largest loss_t − median of the 16 losses before t, in nats; NaN for fewer steps or a loss that is NaN.
+    """Return the largest loss_t − median of the 16 losses before t, in nats.
 
-    The window is short, so that a jump shows while the loss falls fast.
+    NaN if there are at most 16 losses or one of them is NaN. The window is short, so that it finds a jump also while
+    the loss falls fast.
     """
     if len(losses) <= JUMP_WINDOW:
         return math.nan
@@ -90,7 +92,7 @@ def largest_jump(losses: np.ndarray) -> float:
 
 
 def _losses(scalars: Scalars) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and cross-entropy, as `plot` shows it."""
+    """Return the steps and the cross-entropy, as `plot` shows it."""
     curves = find_curves("", scalars, "loss")
     if not curves:
         raise ValueError("logged no training loss")
@@ -98,14 +100,14 @@ def _losses(scalars: Scalars) -> tuple[np.ndarray, np.ndarray]:
 
 
 def measure(scalars: Scalars, held_out: str) -> dict[str, float]:
-    """The columns of `runs.csv` that come from a finished run's metrics.
+    """Compute the columns of `runs.csv` that come from the metrics of a finished run.
 
     Args:
         scalars: As from `read_scalars`, with `time/train` of Composer's speed monitor in seconds.
         held_out: Metric key of the held-out loss.
 
     Raises:
-        ValueError: If it logged no training loss, held-out loss, tokens or times.
+        ValueError: The run logged no training loss, held-out loss, tokens or times.
     """
     _, losses = _losses(scalars)
     if lacking := [key for key in (held_out, "time/token", "time/train") if key not in scalars]:
@@ -130,16 +132,16 @@ def measure(scalars: Scalars, held_out: str) -> dict[str, float]:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Reads a `runs.csv`.
+    """Read a `runs.csv`.
 
     Raises:
-        ValueError: It is damaged or has other columns.
+        ValueError: The file is damaged or has other columns.
     """
     try:
         with Path(path).open(newline="", encoding="utf-8") as file:
             rows = csv.DictReader(file)
             if rows.fieldnames != list(COLUMNS):
-                raise ValueError(f"{path}: its columns are not those of this version; use a new folder")
+                raise ValueError(f"{path}: has the columns of another version; use a new folder")
             return list(rows)
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: damaged ({error}); restore it or use a new folder") from error
@@ -167,13 +169,13 @@ def _mean(values: np.ndarray, form: str) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Sums up runs in Markdown: a line for each method and variation, with mean ± sample standard deviation.
+    """Make a Markdown table with a row for each method and variation: mean ± sample standard deviation.
 
-    n counts the finished runs, the only ones that go into the other columns. The lowest mean losses are bold. Time is
-    that of a token, in units of the mean of `small_init` with the same variation.
+    Only finished runs count; n is their number. The lowest mean losses are bold. `time` is the time per token, divided
+    by that of `small_init` with the same variation.
 
     Args:
-        rows: Lines of `runs.csv`, at most one for each run.
+        rows: Rows of `runs.csv`, at most one for each run.
     """
     columns = [column for column, _ in _TABLE.values()]
     groups: dict[tuple[str, str], dict[str, np.ndarray]] = {}
@@ -201,7 +203,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def write_table(rows: Sequence[Row], path: str | Path) -> None:
-    """Writes the table and what one must know to read it: definitions, conditions and failed runs."""
+    """Write the table, and below it the definitions, the conditions and the failed runs."""
     notes = [
         f"Mean ± sample standard deviation over n runs; training loss of the last {FINAL_BATCHES} batches; time of a "
         f"token, {_BASELINE} being 1; memory {COLUMNS['peak_memory_gb']}.",
@@ -218,11 +220,11 @@ def write_table(rows: Sequence[Row], path: str | Path) -> None:
 
 
 def draw_curves(rows: Sequence[Row], tensorboard: str | Path) -> Figure:
-    """Draws the training loss of each method and variation: the mean over seeds, and each seed faintly behind it.
+    """Draw the training loss of each method and variation: the mean over seeds, and each seed as a pale line.
 
     Args:
         rows: As for `table`, at least one of them finished.
-        tensorboard: The folder that holds those of the runs.
+        tensorboard: The folder with the TensorBoard folders of the runs.
     """
     seeds: dict[str, list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
     for row in rows:

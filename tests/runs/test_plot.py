@@ -234,16 +234,16 @@ def test_a_run_without_any_number_has_no_name_in_the_picture(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"figure": "12"}, r"unknown figure '12', known are: 1 \(loss; .*; 9 \(.*10 to 12\); gates \(all gates\)"),
+        ({"figure": "12"}, r"unknown figure '12'; the figures are: 1 .*; 9 \(.*10 to 12\); gates \(all gates\)"),
         (
             {"figure": "gates"},
             "run 'small_init' has no gate metrics, which figure gates shows: .*callbacks.gate_monitor",
         ),
-        ({"figure": "9", "layer": 3}, "run 'small_init' has no update_ratio metrics of block 3: .* logged are 0, 1, 2"),
+        ({"figure": "9", "layer": 3}, "run 'small_init' has no update_ratio metrics of block 3: .* blocks are 0, 1, 2"),
         ({"figure": "1", "layer": -1}, "no update_ratio metrics of block -1: --layer counts from 0"),
-        ({"figure": "2", "layer": 0}, "figure 2 shows nothing but the loss: leave out --layer"),
-        ({"figure": "2", "x": "epoch"}, "x is step or tokens, not 'epoch'"),
-        ({"figure": "2", "smooth": 0}, "from 1, not 0"),
+        ({"figure": "2", "layer": 0}, "figure 2 shows only the loss: leave out --layer"),
+        ({"figure": "2", "x": "epoch"}, "--x epoch: must be step or tokens"),
+        ({"figure": "2", "smooth": 0}, "--smooth 0: must be at least 1"),
     ],
 )
 def test_wrong_requests_are_refused(arguments: dict, message: str, runs: dict[str, Scalars]):
@@ -265,7 +265,7 @@ def test_a_run_without_the_metrics_is_told_what_logs_them(runs: dict[str, Scalar
     ):
         with pytest.raises(ValueError, match=f"run 'run' has {message}"):
             draw(figure, without(part))
-    with pytest.raises(ValueError, match=r"run 'run' has no time/token metric.*: use --x step"):
+    with pytest.raises(ValueError, match=r"run 'run' has no time/token metric.*; use --x step"):
         draw("2", without("time/token"), x="tokens")
     assert len(lines(draw("3", without("virtual_")))) == 2, "virtual norms are drawn only where logged"
 
@@ -283,9 +283,9 @@ def test_pictures_are_of_the_type_of_their_suffix_and_old_ones_outlive_errors(
         assert out.read_bytes() == old
     assert len(list((tmp_path / "pictures").iterdir())) == 3
     ElementTree.parse(tmp_path / "pictures" / "figure.svg")
-    with pytest.raises(ValueError, match=r"figure\.jpg: a picture is a file of type \.pdf, \.png, \.svg"):
+    with pytest.raises(ValueError, match=r"figure\.jpg: the suffix must be \.pdf or \.png or \.svg"):
         plot([log_dir], tmp_path / "figure.jpg")
-    with pytest.raises(ValueError, match=r"curves\.txt: .* \.csv file"):
+    with pytest.raises(ValueError, match=r"curves\.txt: the suffix must be \.csv"):
         plot([log_dir], tmp_path / "figure.png", csv=tmp_path / "curves.txt")
 
 
