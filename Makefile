@@ -1,14 +1,14 @@
-# Needs Python ≥ 3.10, make and a network; everything else is set up in .venv.
+# Needs Python ≥ 3.10, make and a network. Everything else is installed in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The packages of the environment go first where a tool starts another one, as Composer's launcher does.
+# Tools that start other tools, such as Composer's launcher, must find those of this environment first.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS := ignore
-# Otherwise pyright asks PyPI at every run whether there is a newer version.
+# Otherwise pyright asks PyPI for a newer version at every run.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-# The tests have two processes, and tensors so small that threads would only wait for one another.
+# The tests run in two processes on small tensors, where more threads would only wait for each other.
 test: export OMP_NUM_THREADS = 1
 
 .PHONY: quickstart figures test check clean
@@ -19,7 +19,7 @@ quickstart: $(VENV)/ready
 	llmfoundry train yamls/quickstart.yaml variables.method=wesar
 	llmfoundry-wesar plot runs/quickstart-small_init runs/quickstart-wesar --table --out runs/quickstart.png
 
-# The pictures of README and docs, and results/verdicts.md, from the committed runs.
+# Make results/verdicts.md and the pictures of README and docs from the committed runs.
 figures: $(VENV)/ready
 	python -m results report
 	llmfoundry-wesar plot results/quickstart.csv --out results/quickstart.png
@@ -39,7 +39,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# The export tests load what they export with a current transformers, which foundry keeps out of the environment.
+# The export tests load exported models with a current transformers, which foundry's pin keeps out of .venv.
 $(VENV)/transformers5: tests/requirements-transformers5.txt | $(VENV)/ready
 	rm -rf $@
 	$(BIN)/pip install --quiet --no-deps --target $@ --requirement $<

@@ -1,4 +1,4 @@
-"""Speed of `llmfoundry-wesar data`: text to token shards, by the processor time of all its threads."""
+"""Measure the speed of `llmfoundry-wesar data`, from text to token shards, by the processor time of all its threads."""
 
 import json
 import resource
@@ -10,11 +10,11 @@ from benchmarks.record import Recorder
 from benchmarks.sizes import load
 from llmfoundry_wesar.data.shards import prepare
 
-_BYTES, _PAPER = 8_000_000, 30e9  # of text that is measured; the paper's tokens
+_BYTES, _PAPER = 8_000_000, 30e9  # bytes of text to measure with; tokens of the paper
 
 
 def _seconds() -> float:
-    """Processor time of this process and of its children that have ended."""
+    """Return the processor time of this process and of its children that have ended."""
     both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in both)
 

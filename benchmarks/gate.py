@@ -1,4 +1,4 @@
-"""Forms of the gated product, and what a gate in bfloat16 would cost."""
+"""Measure the forms of the gated product, and the rounding of a gate to bfloat16."""
 
 import math
 from collections.abc import Callable
@@ -23,7 +23,7 @@ FORMS: dict[str, Form] = {
 
 
 def _results(form: Form, inputs: tuple[Tensor, ...], grad: Tensor, autocast: torch.autocast) -> list[Tensor]:
-    """The product, and its gradients by x, W and α."""
+    """Return the product and its gradients by x, W and α."""
     with autocast:
         y = form(*inputs)
     return [y.detach(), *torch.autograd.grad(y, inputs, grad.to(y.dtype), allow_unused=True)]

@@ -1,8 +1,8 @@
-"""Everything that only a GPU can show, in one go: `python -m benchmarks.gpu --minutes 9 --out DIR`.
+"""Run everything that only a GPU can show: `python -m benchmarks.gpu --minutes 9 --out DIR`.
 
-Each step is a process with a time limit of its own; what it prints goes to DIR/<step>.log, measurements to
-DIR/benchmarks.csv, and name, seconds and outcome of each step to DIR/steps.csv, as they come. A step that fails stops
-no other.
+Each step is a process with a time limit of its own. Its output goes to DIR/<step>.log, measurements go to
+DIR/benchmarks.csv, and name, seconds and outcome of the step to DIR/steps.csv, each as soon as it is known. If a step
+fails, the others still run.
 """
 
 import csv
@@ -19,7 +19,7 @@ import typer
 
 _ROOT = Path(__file__).parents[1]
 _BATCHES, _HALF = 40, 20
-# Sizes that a CPU can do, to rehearse the script.
+# Sizes small enough to test this script on a CPU.
 _TINY = [
     "model.d_model=32",
     "model.n_layers=2",
@@ -38,7 +38,7 @@ _CPU_LOADER = [
 
 
 def _train(method: str, data: Path, out: Path, tiny: bool, *overrides: str) -> list[str]:
-    """The stock trainer on the 130M YAML, compiled, with monitors and checkpoints."""
+    """Return the command of the stock trainer on the 130M YAML, compiled, with monitors and checkpoints."""
     options = [
         f"variables.method={method}",
         f"variables.data={data}",
@@ -60,7 +60,7 @@ def _train(method: str, data: Path, out: Path, tiny: bool, *overrides: str) -> l
 
 
 def plan(out: Path, data: Path | None, device: str, seconds: float) -> list[tuple[str, float, list[str]]]:
-    """The steps in their order, most wanted first: name, time limit in seconds, command."""
+    """List the steps, the most important first: name, time limit in seconds, command."""
     tiny = device == "cpu"
     shards = out / "data" if data is None else data
     steps: list[tuple[str, float, list[str]]] = []
@@ -111,14 +111,14 @@ def plan(out: Path, data: Path | None, device: str, seconds: float) -> list[tupl
 
 def main(
     out: Annotated[Path, typer.Option(help="A folder for logs and results.")],
-    minutes: Annotated[float, typer.Option(help="For all steps; one that would begin later is left out.")] = 9.0,
+    minutes: Annotated[
+        float, typer.Option(help="Time for all steps; a step that would begin later is left out.")
+    ] = 9.0,
     data: Annotated[Path | None, typer.Option(help="Token shards of 2048 and their tokenizer. [default: made]")] = None,
-    device: Annotated[str, typer.Option(help="cuda, or cpu to rehearse at a tiny size.")] = "cuda",
-    seconds: Annotated[float, typer.Option(help="Of measuring, as for benchmarks.run.")] = 5.0,
-    only: Annotated[
-        str | None, typer.Option(help="Names of steps, a,b: once more what failed, in the same DIR.")
-    ] = None,
-    commit: Annotated[str | None, typer.Option(help="That of the code, where git cannot tell.")] = None,
+    device: Annotated[str, typer.Option(help="cuda, or cpu to test this script at a tiny size.")] = "cuda",
+    seconds: Annotated[float, typer.Option(help="Time of measuring, as for benchmarks.run.")] = 5.0,
+    only: Annotated[str | None, typer.Option(help="Steps to run again in the same DIR, as a,b.")] = None,
+    commit: Annotated[str | None, typer.Option(help="The commit of the code, if git cannot tell.")] = None,
 ) -> None:
     """Train, resume, export and measure on one GPU, each step in a process of its own."""
     if device not in ("cuda", "cpu"):
@@ -140,7 +140,7 @@ def main(
             if name not in names:
                 raise typer.BadParameter(f"{name}: choose from {', '.join(names)}.", param_hint="--only")
         steps = [step for step in steps if step[0] in only.split(",")]
-    patience = 1 if device == "cuda" else 5  # a CPU that rehearses may be slow
+    patience = 1 if device == "cuda" else 5  # a CPU may be slow
     end, failed = time.monotonic() + 60 * minutes, False
     with (out / "steps.csv").open("a", newline="") as file:
         rows = csv.writer(file)

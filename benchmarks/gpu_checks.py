@@ -1,4 +1,4 @@
-"""The comparisons of `benchmarks.gpu`: a resumed run, an exported model, FSDP on one GPU. A difference raises."""
+"""Compare for `benchmarks.gpu`: a resumed run, an exported model, and FSDP on one GPU. A difference raises an error."""
 
 import os
 import sys
@@ -21,7 +21,7 @@ _STEPS = 6
 
 
 def same(first: str, second: str) -> None:
-    """Two checkpoints hold the same weights, to the bit."""
+    """Check that two checkpoints hold the same weights, to the bit."""
     one, two = (torch.load(path, map_location="cpu", weights_only=False)["state"]["model"] for path in (first, second))
     different = [name for name in one if not torch.equal(one[name], two[name])]
     assert one.keys() == two.keys() and not different, different
@@ -30,7 +30,7 @@ def same(first: str, second: str) -> None:
 
 @torch.no_grad()
 def logits(checkpoint: str, plain: str) -> None:
-    """An exported model computes what the trained one does, in float32, within 1e-5 of the largest logit."""
+    """Check that an exported model has the trained one's logits in float32, within 1e-5 of the largest logit."""
     ours, theirs = files.load(checkpoint)[0].eval(), arcee.ArceeForCausalLM.from_pretrained(plain).eval()
     ids = torch.randint(
         ours.config.vocab_size, (2, ours.config.max_seq_len), generator=torch.Generator().manual_seed(0)
@@ -42,7 +42,7 @@ def logits(checkpoint: str, plain: str) -> None:
 
 
 def _run(device: str, version: str | None) -> tuple[list[float], dict[str, float], dict[str, torch.Tensor]]:
-    """Losses, gates and buffers of a few steps by Composer's trainer, under FSDP of a version or without."""
+    """Train a few steps with Composer's trainer, with a version of FSDP or none; return losses, gates and buffers."""
     config = load("tiny" if device == "cpu" else "130m", "wesar")
     os.environ["FSDP_VERSION"] = version or "1"
     torch.manual_seed(0)
@@ -77,12 +77,12 @@ def _run(device: str, version: str | None) -> tuple[list[float], dict[str, float
 
 
 def len_of(batch: dict[str, torch.Tensor]) -> int:
-    """The number of sequences."""
+    """Return the number of sequences in a batch."""
     return len(batch["input_ids"])
 
 
 def fsdp_config(config: dict[str, Any], device: str) -> dict[str, Any]:
-    """The YAML's `fsdp_config`; a CPU keeps the parameters in float32."""
+    """Return the YAML's `fsdp_config`, with parameters in float32 on a CPU."""
     fsdp = {**config["fsdp_config"], "state_dict_type": "full"}
     if device == "cpu":
         fsdp["mixed_precision"] = {**fsdp["mixed_precision"], "param_dtype": "fp32"}
@@ -90,9 +90,10 @@ def fsdp_config(config: dict[str, Any], device: str) -> dict[str, Any]:
 
 
 def fsdp(device: str) -> None:
-    """Composer's FSDP, both versions, on one device: against no FSDP.
+    """Compare both versions of Composer's FSDP on one device with training without FSDP.
 
-    Buffers are the same to the bit. Losses and gates agree within 1%: parameters are rounded to bfloat16, 2⁻⁹ each.
+    Buffers are equal to the bit. Losses and gates agree within 1%, because FSDP rounds each parameter to bfloat16, by
+    up to 2⁻⁹ of its value.
     """
     warnings.filterwarnings("ignore")
     dist.initialize_dist("cpu" if device == "cpu" else "gpu")

@@ -1,4 +1,4 @@
-"""Cross-entropy with z-loss, from the input of the output projection to the gradients of that and of W_p."""
+"""Measure cross-entropy with z-loss: from the output projection's input to the gradients of that input and of W_p."""
 
 from collections.abc import Callable
 from functools import partial
@@ -29,7 +29,7 @@ def _linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Te
 
 
 def run(recorder: Recorder, size: str, compiled: bool, seconds: float) -> None:
-    """Measure one size; the compiled baseline is the compiled formula, and the other losses stay as they are."""
+    """Measure one size. The compiled baseline is the compiled formula. The other losses are the same in both modes."""
     config, device = load(size, "wesar"), recorder.device
     tokens = config["device_train_microbatch_size"] * config["max_seq_len"]
     vocabulary, width = config["model"]["vocab_size"], config["model"]["d_model"]

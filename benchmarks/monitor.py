@@ -1,4 +1,4 @@
-"""What the monitors add to a training step: time, peak memory and host synchronisations."""
+"""Measure what the monitors add to a training step: time, peak memory and host synchronisations."""
 
 import tempfile
 import time
@@ -28,18 +28,18 @@ MONITORS = {
     IDLE: partial(UpdateRatioMonitor, "1000000ba"),
     "optimizer_monitor": partial(OptimizerMonitor, batch_log_interval=1),
 }
-# optimizer_monitor measures more than gradient norms only if Composer's own optimizer helps it.
+# optimizer_monitor measures more than gradient norms only with Composer's own optimizer.
 _OPTIMIZERS: dict[str, Callable[[dict], dict]] = {"adamw, fused": dict, "decoupled_adamw": decoupled}
 _UNITS = ("ms", "GiB at peak", "host synchronisations in a step")
 _PAPER_BATCH = 2**20  # tokens
-# The first round warms up, the second counts synchronisations, the others are timed.
+# Round 0 is a warm-up, round 1 counts synchronisations, and the later rounds are timed.
 _COUNTED, _TIMED, _LAST = 1, 2, 8
 
 
 class Alternate(Callback):
-    """Shows training to one monitor at a time, in turn by the batch, and takes each batch's readings.
+    """Runs one monitor in each batch, in turn, and takes the batch's readings.
 
-    Rounds run A B C D and D C B A alternately: all are compared within one run, and a drift cancels.
+    Rounds run A B C D and D C B A alternately. So all monitors are compared within one run, and a linear drift cancels.
     """
 
     def __init__(self, device: str, seconds: float):
@@ -76,7 +76,7 @@ class Alternate(Callback):
         self.start = time.perf_counter()
 
     def _end(self) -> bool:
-        """Take the batch's readings; say whether it is the last one."""
+        """Take the batch's readings, and return whether it is the last batch."""
         self.counting.close()
         if self.cuda:
             torch.cuda.synchronize()
@@ -96,13 +96,13 @@ registry.callbacks.register("alternate", func=Alternate)
 
 
 def run(recorder: Recorder, size: str, compiled: bool, seconds: float) -> None:
-    """Measure one size with each optimizer; eager only, since no monitor is compiled."""
+    """Measure one size with each optimizer. Eager only, because no monitor is compiled."""
     for optimizer, change in {} if compiled else _OPTIMIZERS.items():
         callbacks = {"alternate": {"device": recorder.device, "seconds": seconds}}
         with tempfile.TemporaryDirectory() as folder:
             write_data(Path(folder), load(size, "wesar"))
             config = configure(recorder, size, "wesar", Path(folder), callbacks)
-            # One microbatch: a monitor costs the same whatever the batch, and this gives the most steps.
+            # The cost of a monitor does not depend on the batch, and one microbatch gives the most steps.
             config["global_train_batch_size"] = config["device_train_microbatch_size"]
             config["optimizer"] = change(config["optimizer"])
             recorder.about(suite="monitor", name=f"{size}, {optimizer}", dtype=recorder.dtype, compiled=False)

@@ -1,4 +1,4 @@
-"""Time of an optimizer step over all parameters of a plain model, without the forward and backward passes."""
+"""Measure an optimizer step over all parameters of a plain model, without the forward and backward passes."""
 
 import copy
 from typing import Any
@@ -19,7 +19,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 
 def run(recorder: Recorder, size: str, compiled: bool, seconds: float) -> None:
-    """Measure one size, on one model that all optimizers move in turn."""
+    """Measure one size. All optimizers move the same model, in turn."""
     if compiled:
         return
     config = load(size, "small_init")
@@ -30,7 +30,7 @@ def run(recorder: Recorder, size: str, compiled: bool, seconds: float) -> None:
     recorder.about(shape=shape(config), dtype="fp32", compiled=False)
     steps = {}
     for variant, form in OPTIMIZERS.items():
-        # A copy for each: the builder takes the parameter groups apart.
+        # Each optimizer needs a copy, because the builder changes the parameter groups.
         options = copy.deepcopy({k: v for k, v in config["optimizer"].items() if k not in ("fused", "name")})
         options |= form | {"lr": 1e-6}
         if (name := options.pop("name")) not in registry.optimizers:

@@ -1,7 +1,7 @@
-"""What it costs that FSDP's mixed precision rounds the gates to bfloat16 too: pairs of trainings, by held-out loss.
+"""Measure the effect of rounding the gates to bfloat16, as FSDP's mixed precision does: held-out loss of pairs of runs.
 
-In both of a pair each parameter is cast to bfloat16 where it is used and its float32 original is trained, as FSDP does
-it; in one of them the gates are not cast. Pairs share seed, data and order.
+In both runs of a pair each parameter is cast to bfloat16 for its use, and its float32 original is trained, as in FSDP.
+In one of the two the gates are not cast. The runs of a pair have the same seed, data and order.
 """
 
 import copy
@@ -30,13 +30,13 @@ _STEPS, _FEWEST_PAIRS, _HELD_OUT = 100, 6, 64  # the last in sequences
 
 
 def _factor(step: int) -> float:
-    """Of the learning rate: a warm-up over a tenth of the steps, then a cosine to 10%."""
+    """Return the factor of the learning rate: warm-up over a tenth of the steps, then a cosine to 10%."""
     warmup = _STEPS // 10
     return min((step + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * max(0, step - warmup) / (_STEPS - warmup)))
 
 
 class _Training:
-    """A model whose parameters are used in bfloat16, but for the gates if they are to stay in float32."""
+    """A model whose parameters are used in bfloat16, and its gates in `gate_dtype`."""
 
     def __init__(self, config: dict[str, Any], device: str, seed: int, gate_dtype: torch.dtype):
         torch.manual_seed(seed)
@@ -44,7 +44,7 @@ class _Training:
         self.model = ComposerWeSaRMPTCausalLM(**model).to(device).train()
         self.gate_dtype, self.device = gate_dtype, device
         self.clip = config["algorithms"]["gradient_clipping"]["clipping_threshold"]
-        optimizer = copy.deepcopy(config["optimizer"])  # the builder takes it apart
+        optimizer = copy.deepcopy(config["optimizer"])  # the builder changes it
         self.optimizer = build_optimizer(self.model, optimizer.pop("name"), optimizer)
         self.schedule = LambdaLR(self.optimizer, _factor)
         self.gates = {name: p for name, p in self.model.named_parameters() if name.endswith(".gate")}
@@ -75,7 +75,7 @@ class _Training:
 
 
 def _tokens(config: dict[str, Any], split: str) -> torch.Tensor | None:
-    """The sequences that `llmfoundry-wesar data` wrote for a split, or None if it was not run."""
+    """Return the sequences that `llmfoundry-wesar data` wrote for a split, or None if there are none."""
     folder = Path(config["train_loader"]["dataset"]["local"])
     if not (folder / split / "index.json").exists():
         return None
@@ -85,7 +85,7 @@ def _tokens(config: dict[str, Any], split: str) -> torch.Tensor | None:
 
 
 def run(recorder: Recorder, size: str, compiled: bool, seconds: float) -> None:
-    """Measure one size, eager; its microbatch is the batch."""
+    """Measure one size, eager. The batch is one microbatch."""
     if compiled:
         return
     config = load(size, "wesar")

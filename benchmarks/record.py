@@ -1,4 +1,4 @@
-"""Readings, and a row for each measurement in a CSV."""
+"""Take readings, and write a row of a CSV for each measurement."""
 
 import csv
 import datetime
@@ -30,16 +30,17 @@ Readings = Sequence[float] | np.ndarray
 
 
 def ratio(values: Readings, baseline: Readings, paired: bool = True) -> list[float]:
-    """The median of the pairs' ratios, and from 6 pairs on an interval for it by order statistics.
+    """Return the median of the pairs' ratios, and for 6 pairs or more its interval by order statistics.
 
-    It goes from the r-th smallest of n ratios to the r-th largest, and misses the true median with 2·P(X < r),
-    X ~ B(n, ½); r is the largest with which that is at most 5%. Of fewer than 6 even r = 1 misses it more often.
+    The interval goes from the r-th smallest of n ratios to the r-th largest. It misses the true median with the
+    probability 2·P(X < r), X ~ B(n, ½). r is the largest number for which this is at most 5%. With fewer than 6 pairs
+    there is none.
 
     Args:
         values: The readings.
-        baseline: The plain variant's.
-        paired: Whether each of `values` was taken beside the one in its place in `baseline`. If not, the result is the
-            ratio of the medians alone.
+        baseline: The readings of the plain variant.
+        paired: Whether each of `values` was taken together with the reading at the same place in `baseline`. If not,
+            the result is only the ratio of the medians.
     """
     if not paired:
         return [np.median(values) / np.median(baseline)]
@@ -57,26 +58,26 @@ def reason(error: BaseException) -> str:
 
 
 def _commit() -> str:
-    """The commit of the code, `-dirty` if anything but results differs from it; empty without a repository."""
+    """Return the commit of the code, with `-dirty` if anything but results has changed; empty without a repository."""
     git = ["git", "-C", str(Path(__file__).parents[1]), "--no-optional-locks"]
     commit, changes = (
         subprocess.run([*git, *command], capture_output=True, text=True).stdout.strip()
-        # A series of measurements appends to a file that git knows.
+        # A series of measurements appends to a tracked file in results/, which must not count as a change.
         for command in (["describe", "--always"], ["status", "--porcelain", "--untracked-files=no", ":!results"])
     )
     return f"{commit}-dirty" if commit and changes else commit
 
 
 class Recorder:
-    """Measures on one device, and appends a row to a CSV as soon as it is known.
+    """Measures on one device, and appends each row to a CSV as soon as it is known.
 
     Args:
         path: The CSV.
         device: `cpu` or `cuda`.
-        commit: That of the code, where there is no git repository to ask.
+        commit: The commit of the code, if there is no git repository to ask.
 
     Raises:
-        ValueError: If there is no commit to name, or the file has other columns.
+        ValueError: If no commit is known, or the file has other columns.
     """
 
     def __init__(self, path: Path, device: str, commit: str | None = None):
@@ -100,17 +101,17 @@ class Recorder:
             raise ValueError(f"--out: {path} has other columns than these results; choose another file.")
 
     def about(self, **row: Any) -> None:
-        """Set what the rows to come have in common: suite, name, dtype, shape, compiled."""
+        """Set the columns that the next rows have in common: suite, name, dtype, shape, compiled."""
         self.row |= row
 
     def add(self, values: Readings, baseline: Readings = (), paired: bool = True, **row: Any) -> None:
         """Append one measurement.
 
         Args:
-            values: The readings. If there are none, `note` says why; by default that a CPU does not give them.
-            baseline: The plain variant's, if there is one.
+            values: The readings. If there are none, `note` says why; by default because a CPU cannot give them.
+            baseline: The readings of the plain variant, if there is one.
             paired: As for `ratio`.
-            **row: variant, unit; note; what differs from `about`.
+            **row: variant, unit and note, and columns that differ from `about`.
         """
         numbers: list[float] = [len(values)]
         if len(values):
@@ -125,14 +126,14 @@ class Recorder:
         print(*(row[key] for key in _WHAT), mode, row["dtype"], cells, row["note"], sep=" | ", flush=True)
 
     def compare(self, functions: Mapping[str, Function], seconds: float, held: Mapping[str, int] | None = None) -> None:
-        """Time functions in turn, take their peak memory, and add the rows; the first one is the baseline.
+        """Time functions in turn, measure their peak memory, and add the rows. The first function is the baseline.
 
-        Rounds run A B C and C B A alternately, so that a linear drift of the clock rate cancels within two.
+        Rounds run A B C and C B A alternately, so that a linear drift of the clock rate cancels over two rounds.
 
         Args:
-            functions: By variant.
-            seconds: When to stop, after warm-up.
-            held: Bytes that a variant holds between calls, and that count towards its peak.
+            functions: Variant → function.
+            seconds: How long to measure, after the warm-up.
+            held: Variant → bytes that it holds between calls. They count towards its peak.
         """
         for function in functions.values():
             for _ in range(_WARMUP):
@@ -150,7 +151,7 @@ class Recorder:
                 self.add(values, next(iter(readings.values())), variant=variant, unit=unit)
 
     def milliseconds(self, function: Function) -> float:
-        """How long one call takes, from an idle device until the device is idle again."""
+        """Time one call, from an idle device until the device is idle again."""
         if self.device == "cpu":
             start = time.perf_counter()
             function()
@@ -164,11 +165,11 @@ class Recorder:
         return begin.elapsed_time(end)
 
     def allocated(self) -> int:
-        """Bytes in tensors on a GPU; 0 on a CPU."""
+        """Return the bytes of tensors on a GPU; 0 on a CPU."""
         return torch.cuda.memory_allocated() if self.device == "cuda" else 0
 
     def peak(self, function: Function, held: int) -> list[float]:
-        """The most that one call has allocated at once, plus `held`, in GiB; nothing on a CPU."""
+        """Return the peak of memory allocated during one call, plus `held`, in GiB; nothing on a CPU."""
         if self.device == "cpu":
             return []
         torch.cuda.reset_peak_memory_stats()

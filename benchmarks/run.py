@@ -1,4 +1,4 @@
-"""Measure, and append rows to a CSV: `python -m benchmarks.run --help`."""
+"""Run benchmark suites and append rows to a CSV: `python -m benchmarks.run --help`."""
 
 import gc
 import os
@@ -27,7 +27,7 @@ SUITES: dict[str, Callable[[Recorder, str, bool, float], None]] = {
     "precision": precision.run,
 }
 MODES = {"eager": False, "compiled": True}
-# How many times `--seconds` a suite measures for, and the seconds that it takes besides, eager and compiled (on a GPU).
+# A suite takes _TIMES × `--seconds` of measuring, and _BESIDES seconds more, eager and compiled, on a GPU.
 _TIMES = {"step": 1, "trainer": 6, "monitor": 2, "loss": 1, "gate": 1, "optimizer": 1, "data": 0, "precision": 1}
 _BESIDES = {
     "step": (15, 60),
@@ -57,23 +57,25 @@ def expected(suite: str, compiled: bool, seconds: float) -> float:
 
 def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    suite: Annotated[str, typer.Option(help="What to measure.")] = ",".join(SUITES),
-    sizes: Annotated[str, typer.Option(help=f"Of {','.join(SIZES)}.")] = "tiny",
+    suite: Annotated[str, typer.Option(help="The suites to run.")] = ",".join(SUITES),
+    sizes: Annotated[str, typer.Option(help=f"Some of {','.join(SIZES)}.")] = "tiny",
     modes: Annotated[str, typer.Option(help="With torch.compile or without.")] = ",".join(MODES),
-    methods: Annotated[str, typer.Option(help="Of `step`; the first one is what ratios are to.")] = ",".join(
+    methods: Annotated[str, typer.Option(help="The methods of `step`; ratios are to the first one.")] = ",".join(
         step.METHODS
     ),
-    seconds: Annotated[float, typer.Option(help="Of measuring, for each group of variants or trainer run.")] = 20.0,
-    minutes: Annotated[float, typer.Option(help="Begin nothing that is not expected to end by then.")] = float("inf"),
+    seconds: Annotated[
+        float, typer.Option(help="Time of measuring, for each group of variants or trainer run.")
+    ] = 20.0,
+    minutes: Annotated[float, typer.Option(help="Start nothing that is expected to end later.")] = float("inf"),
     out: Annotated[Path, typer.Option(help="The CSV.")] = Path("results/benchmarks.csv"),
-    commit: Annotated[str | None, typer.Option(help="That of the code, where git cannot tell.")] = None,
+    commit: Annotated[str | None, typer.Option(help="The commit of the code, if git cannot tell.")] = None,
 ) -> None:
-    """Run suites, for each of the sizes and modes, as the device allows."""
+    """Run suites, each for all sizes and modes that the device allows."""
     [device] = _chosen("--device", device, ["cpu", "cuda"])
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("cuda: PyTorch sees no GPU on this machine.", param_hint="--device")
     if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the trainer would take the GPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # otherwise the trainer would use the GPU
     suites, names = _chosen("--suite", suite, SUITES), _chosen("--sizes", sizes, SIZES)
     chosen = _chosen("--methods", methods, step.KNOWN)
     try:

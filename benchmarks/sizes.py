@@ -1,4 +1,4 @@
-"""The models that are measured: those of `yamls/`, and a tiny one."""
+"""The measured models: those of `yamls/`, and a tiny one."""
 
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ SIZES = {
 
 
 def load(size: str, method: str) -> dict[str, Any]:
-    """The whole training config of a size and method; nothing is left to expand in it."""
+    """Load the complete training config of a size and method, without anything left to expand."""
     file, overrides = SIZES[size]
     config = load_config(str(_YAMLS / file), [*overrides, f"variables.method={method}"])
     return config | {"variables": {}}
 
 
 def shape(config: dict[str, Any]) -> str:
-    """The shapes of a config, for a result's row; B is the microbatch, T the tokens of a step."""
+    """Describe the shapes of a config for a row. B is the microbatch in sequences, T the tokens of a step."""
     model, microbatch = config["model"], config["device_train_microbatch_size"]
     tokens = config["global_train_batch_size"] * config["max_seq_len"]
     layers = f"d={model['d_model']} L={model['n_layers']} H={model['n_heads']} V={model['vocab_size']}"

@@ -1,4 +1,4 @@
-"""Time and peak memory of a training step of the compared methods, over the plain model's."""
+"""Measure time and peak memory of a training step of the compared methods, relative to the plain model's."""
 
 import gc
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ METHODS = ("small_init", "wesar", "weight_norm", "sigma_reparam", "residual_scal
 
 
 class _Training:
-    """A model, its optimizer and one microbatch; a call is a training step on that."""
+    """A model, its optimizer and one microbatch. A call is one training step."""
 
     def __init__(self, recorder: Recorder, config: dict[str, Any], compiled: bool):
         before = recorder.allocated()
@@ -27,7 +27,7 @@ class _Training:
         del model["name"]
         self.model = ComposerWeSaRMPTCausalLM(**model).to(recorder.device).train()
         self.spectral = [module for module in self.model.modules() if isinstance(module, SpectrallyNormalized)]
-        # Nothing here learns; a small rate keeps the numbers, and with them a GPU's power draw, ordinary.
+        # The model need not learn. A small rate keeps weights at ordinary values, which a GPU's power draw depends on.
         optimizer = {**config["optimizer"], "lr": 1e-6, "fused": True}
         self.optimizer = build_optimizer(self.model, optimizer.pop("name"), optimizer)
         tokens = (config["device_train_microbatch_size"], config["max_seq_len"])
@@ -35,7 +35,8 @@ class _Training:
         self.batch = {"input_ids": ids, "labels": ids.clone()}
         self.autocast = torch.autocast(recorder.device, torch.bfloat16, enabled=recorder.dtype == "amp_bf16")
         if compiled:
-            # Module by module: all blocks share one compilation; a whole model would take minutes for each method.
+            # Compile module by module, so that all blocks share one compilation. A whole model would take minutes a
+            # method.
             transformer, head = self.model.model.transformer, self.model.model.lm_head
             for module in (transformer.wte, *transformer.blocks, transformer.norm_f, head):
                 module.compile()
@@ -44,7 +45,7 @@ class _Training:
 
     def __call__(self) -> None:
         for module in self.spectral:
-            module.iterate = True  # as the callback power_iteration does
+            module.iterate = True  # the callback power_iteration does the same
         with self.autocast:
             loss = self.model.loss(self.model(self.batch), self.batch)["total"]
         loss.backward()
@@ -55,7 +56,7 @@ class _Training:
 def run(recorder: Recorder, size: str, compiled: bool, seconds: float, methods: Sequence[str] = METHODS) -> None:
     """Measure one size, eager or compiled, on the YAML's microbatch; ratios are to the first of the methods.
 
-    All models stay on the GPU with their optimizers. Should that leave too little room, it is done on half of it.
+    All models and their optimizers stay on the GPU. If memory is too small for that, the microbatch is halved.
     """
     batch = load(size, methods[0])["device_train_microbatch_size"]
     try:
@@ -67,7 +68,7 @@ def run(recorder: Recorder, size: str, compiled: bool, seconds: float, methods: 
     _measure(recorder, size, batch // 2, compiled, seconds, methods)
 
 
-# Otherwise dynamo would go back to eager execution in silence.
+# Otherwise dynamo would fall back to eager execution without a message.
 @torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
 def _measure(recorder: Recorder, size: str, batch: int, compiled: bool, seconds: float, methods: Sequence[str]) -> None:
     torch.manual_seed(0)
@@ -82,7 +83,7 @@ def _measure(recorder: Recorder, size: str, batch: int, compiled: bool, seconds:
         try:
             trainings[method] = _Training(recorder, config, compiled)
         except torch.OutOfMemoryError:
-            raise  # for all: half the batch may do
+            raise  # retried for all methods with half the batch
         except Exception as error:
             recorder.add([], variant=method, unit="ms", note=reason(error))
     recorder.compare(trainings, seconds, held={method: training.held for method, training in trainings.items()})

@@ -1,4 +1,4 @@
-"""Throughput of the stock trainer, from foundry's own configuration to ours, one change at a time."""
+"""Measure the throughput of the stock trainer, from foundry's own configuration to ours, one change at a time."""
 
 import contextlib
 import io
@@ -27,12 +27,12 @@ from benchmarks.sizes import load, shape
 PEAK = 989e12  # bf16 FLOP/s of an H100 and of an H200
 _WARMUP, _FEWEST = 4, 6  # batches
 _PATIENCE = 300  # seconds for imports and compilation
-_SEQUENCES = 64  # a GPU's part of the paper's batch of 512, on 8 GPUs
+_SEQUENCES = 64  # a GPU's share of the paper's batch of 512 sequences, on 8 GPUs
 _MONITORS = {name: {"interval": "10ba"} for name in ("update_ratio_monitor", "gate_monitor")}
 
 
 class StopAfter(Callback):
-    """Ends the training when `seconds` have passed since the warm-up."""
+    """Ends the training `seconds` after the warm-up."""
 
     def __init__(self, seconds: float):
         self.seconds, self.start = seconds, 0.0
@@ -49,7 +49,7 @@ registry.callbacks.register("stop_after", func=StopAfter)
 
 
 def write_data(folder: Path, config: dict[str, Any]) -> None:
-    """Random tokens for 64 batches, and a tokenizer that goes with them."""
+    """Write random tokens for 64 batches, and a tokenizer for them."""
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "<|endoftext|>": 1}, "a"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder / "tokenizer")
     size = (64 * min(config["global_train_batch_size"], _SEQUENCES), config["max_seq_len"])
@@ -60,7 +60,7 @@ def write_data(folder: Path, config: dict[str, Any]) -> None:
 
 
 def configure(recorder: Recorder, size: str, method: str, data: Path, callbacks: dict[str, Any]) -> dict[str, Any]:
-    """The config of a size for one process, on the data in a folder, with these callbacks and no others."""
+    """Return the config of a size for one process, with the data in a folder and only these callbacks."""
     config = load(size, method)
     for key in (
         "eval_loader",
@@ -91,7 +91,7 @@ def configure(recorder: Recorder, size: str, method: str, data: Path, callbacks:
 
 
 def run_trainer(config: dict[str, Any]) -> Trainer:
-    """Train with the stock trainer, without the config that foundry prints."""
+    """Train with the stock trainer, and hide the config that foundry prints."""
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = train(OmegaConf.create(config))
         trainer.close()
@@ -99,13 +99,13 @@ def run_trainer(config: dict[str, Any]) -> Trainer:
 
 
 def decoupled(optimizer: dict[str, Any]) -> dict[str, Any]:
-    """Composer's AdamW in place of torch's, with the weight decay of 0.01 × the paper's lr that it calls for."""
+    """Replace torch's AdamW with Composer's, whose weight decay must be 0.01 × the paper's lr."""
     stock = {"name": "decoupled_adamw", "weight_decay": 1e-5}
     return {key: value for key, value in optimizer.items() if key != "fused"} | stock
 
 
 def variants(plain: dict[str, Any], wesar: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """From the stock configuration to ours in full, each with one change to the one before."""
+    """List the variants from the stock configuration to all of ours, each with one more change."""
     model, optimizer = plain["model"], decoupled(plain["optimizer"])
     attention = {**model["attn_config"], "attn_type": "multihead_attention"}
     stock = {"name": "mpt_causal_lm", "loss_fn": "torch_crossentropy", "attn_config": attention}
@@ -127,9 +127,9 @@ def variants(plain: dict[str, Any], wesar: dict[str, Any]) -> dict[str, dict[str
 
 
 def run(recorder: Recorder, size: str, compiled: bool, seconds: float) -> None:
-    """Measure one size: the variants without `compile_config`, or those with it; ratios are to the first of them.
+    """Measure one size, the variants with `compile_config` or those without; ratios are to the first of them.
 
-    Each has a process of its own, so that none pays for what another has left in memory, and a failure is a row.
+    Each variant has a process of its own, so that memory left by another has no effect, and a failure gives a row.
     """
     callbacks = {"stop_after": {"seconds": seconds}, "speed_monitor": {"window_size": 1, "gpu_flops_available": PEAK}}
     first: list[float] = []
@@ -157,10 +157,10 @@ def run(recorder: Recorder, size: str, compiled: bool, seconds: float) -> None:
 
 
 def _in_a_process(config: dict[str, Any], seconds: float, folder: Path) -> dict[str, Any]:
-    """What `_measure` finds in another process.
+    """Run `_measure` in another process and return its result.
 
     Raises:
-        RuntimeError: With the last line that it printed, if it failed.
+        RuntimeError: If it failed, with the last line that it printed.
         subprocess.TimeoutExpired: If it took much longer than it should.
     """
     (folder / "config.json").write_text(json.dumps(config))
@@ -179,7 +179,7 @@ def _in_a_process(config: dict[str, Any], seconds: float, folder: Path) -> dict[
 
 
 def _measure(config: dict[str, Any]) -> dict[str, Any]:
-    """Tokens/s and MFU of each batch after the warm-up, attention's share of the FLOP, and the peak in GiB on a GPU."""
+    """Return tokens/s and MFU of each batch after the warm-up, attention's share of the FLOP, and a GPU's peak, GiB."""
     trainer = run_trainer(config)
     [logged] = [d.data for d in trainer.logger.destinations if isinstance(d, InMemoryLogger)]
     result: dict[str, Any] = {
