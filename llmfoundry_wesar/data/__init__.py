@@ -1,1 +1,1 @@
-"""Text to tokens: documents, a tokenizer and shards, and the evaluation sets."""
+"""Turn text into a tokenizer and token shards, and read the evaluation sets."""

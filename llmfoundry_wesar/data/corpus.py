@@ -1,4 +1,4 @@
-"""Text documents: where they come from, in which order, and which of them are held out."""
+"""Read text documents from files and the Hub, in a fixed order, and split them into train and val."""
 
 import gzip
 import hashlib
@@ -22,17 +22,17 @@ from tqdm import tqdm
 
 __all__ = ["HUB", "Corpus", "Document", "batches", "find_files", "open_hub", "progress_bar", "read_texts", "splits"]
 
-# Bounds on memory, in bytes of text; while a document is encoded it takes about 150 bytes per byte.
-TXT_BYTES = 1_000_000  # documents that a longer .txt file is cut into
-SHUFFLE_BYTES = 128_000_000  # documents that wait in the shuffle buffer
-BATCH_BYTES = 4_000_000  # documents that are encoded in one call, which spreads them over the cores
+# Limits on memory, in bytes of text. Encoding a document takes about 150 times its size.
+TXT_BYTES = 1_000_000  # a longer .txt file is cut into documents of this size
+SHUFFLE_BYTES = 128_000_000  # size of the shuffle buffer
+BATCH_BYTES = 4_000_000  # documents encoded in one call, which uses all cores
 
 FILE_NAME = re.compile(r"\.(txt|jsonl|raw|tokens)(\.(xz|zst|gz))?$")
 FILE_NAMES = "*.txt, *.jsonl, or *.raw and *.tokens as WikiText has them, plain or with .xz, .zst or .gz"
 HUB = "hf:NAME[:CONFIG][@SPLIT]"
 HUB_NAME = re.compile(r"hf:(?P<name>[^:@]+)(:(?P<config>[^:@]+))?(@(?P<split>\w+(\.\w+)*))?")
-HEADING = re.compile(r"= [^=].* =", re.DOTALL)  # WikiText's of the first level, without the blanks around it
-# Tests are odd text, `encodings` is tables of hexadecimal numbers, and the packages are not the library.
+HEADING = re.compile(r"= [^=].* =", re.DOTALL)  # a first-level heading of WikiText, without the blanks around it
+# Tests are unusual text, `encodings` has tables of hexadecimal numbers, and installed packages are not the library.
 NOT_STDLIB = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"}
 
 
@@ -45,7 +45,7 @@ class Document(NamedTuple):
 
 
 def splits(val_fraction: float) -> tuple[str, ...]:
-    """The splits that are not empty."""
+    """Return the names of the splits that are not empty."""
     shares = {"train": 1 - val_fraction, "val": val_fraction}
     return tuple(split for split, share in shares.items() if share)
 
@@ -58,7 +58,7 @@ class Corpus:
         files: Paths from `find_files`.
         hub: Streams from `open_hub`, read after the files.
         text_key: Field of a .jsonl line or a row that holds the text.
-        seed: Of the split and of the order.
+        seed: Seed of the split and of the order.
         shuffle: Read the files in random order and pass the documents through a shuffle buffer.
         val_fraction: Share of the documents to hold out, in [0, 1].
     """
@@ -78,7 +78,7 @@ class Corpus:
         files, hub, rng = list(self.files), self.hub, random.Random(self.seed)
         if self.shuffle:
             rng.shuffle(files)
-            # This puts a data set's own files in random order; its buffer counts documents, ours bytes.
+            # Shuffle only the files of the data set here. Its buffer counts documents, ours (`_shuffled`) counts bytes.
             hub = [rows.shuffle(seed=self.seed, buffer_size=1) for rows in hub]
         from_files = (text for path in files for text, _ in read_texts(path, self.text_key))
         from_hub = (row[self.text_key] for rows in hub for row in rows)
@@ -86,14 +86,14 @@ class Corpus:
         return _shuffled(documents, rng) if self.shuffle else documents
 
     def _document(self, text: str) -> Document:
-        """Choose the split by content, so that equal texts are never in two."""
+        """Choose the split by a hash of the text, so that equal texts are in the same split."""
         data = text.encode()
         digest = hashlib.blake2b(data, digest_size=8, key=str(self.seed).encode()).digest()
         held_out = int.from_bytes(digest, "big") < self.val_fraction * 2**64
         return Document("val" if held_out else "train", text, len(data))
 
     def check(self, sequence_length: int) -> dict[str, int]:
-        """Read every file once, to find a bad one before hours are spent, and return the bytes of text per split.
+        """Read every file once, to find a bad file before the long work starts. Return the bytes of text per split.
 
         Raises:
             ValueError: A file is damaged or not UTF-8, a .jsonl line has no text, or a split cannot fill a sequence.
@@ -109,7 +109,7 @@ class Corpus:
                     count[document.split] += 1
                     size[document.split] += document.size
         for split in self.splits:
-            # A token has at least a byte, except for EOS and what a tokenizer may put around a document.
+            # A document of n bytes has at most n tokens, plus EOS and up to two that the tokenizer adds.
             if not self.hub and size[split] + 3 * count[split] < sequence_length:
                 raise ValueError(
                     f"the {split} split has {size[split]} bytes of text, too few for one sequence of {sequence_length} "
@@ -133,7 +133,7 @@ def _shuffled(documents: Iterable[Document], rng: random.Random) -> Iterator[Doc
 
 
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Group documents into lists of at least `BATCH_BYTES`, but for the last."""
+    """Group documents into lists of at least `BATCH_BYTES`; the last list may be smaller."""
     batch, size = [], 0
     for document in documents:
         batch.append(document)
@@ -146,16 +146,16 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def progress_bar(what: str, total: int | None, unit: str) -> tqdm:
-    """A bar for a terminal; nothing is drawn into a file or pipe."""
+    """Make a progress bar that is shown only if stderr is a terminal."""
     return tqdm(desc=what, total=total, unit=unit, unit_scale=True, disable=None)
 
 
 def find_files(source: str) -> dict[str, Path]:
-    """Find the files of `stdlib`, a folder or a file, in a fixed order, each under the name that identifies it.
+    """Find the files of a source (`stdlib`, a folder or a file). Return name → path, in a fixed order.
 
     Raises:
-        FileNotFoundError: There is no such file or folder.
-        ValueError: A file's name, or every name in a folder, ends in something else than `FILE_NAMES`.
+        FileNotFoundError: The file or folder does not exist.
+        ValueError: The file, or every file in the folder, has a name that is not one of `FILE_NAMES`.
     """
     if source == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
@@ -163,20 +163,20 @@ def find_files(source: str) -> dict[str, Path]:
         return {f"stdlib/{name}": path for name, path in modules.items() if NOT_STDLIB.isdisjoint(name.parts)}
     path = Path(source).absolute()
     if not path.exists():
-        raise FileNotFoundError(f"source {source} is no file or folder, and neither stdlib nor {HUB}")
+        raise FileNotFoundError(f"source {source}: no such file or folder; name one, or give stdlib or {HUB}")
     found = sorted(path.rglob("*")) if path.is_dir() else [path]
     files = {str(file): file for file in found if file.is_file() and FILE_NAME.search(file.name)}
     if not files:
-        raise ValueError(f"source {source} {'holds no file' if path.is_dir() else 'is not'} named {FILE_NAMES}")
+        raise ValueError(f"source {source} {'has no file' if path.is_dir() else 'is not'} named {FILE_NAMES}")
     return files
 
 
 def open_hub(source: str, text_key: str) -> IterableDataset:
-    """Open a split, train by default, of `hf:NAME[:CONFIG][@SPLIT]` as a stream.
+    """Open `hf:NAME[:CONFIG][@SPLIT]`, a split of a Hugging Face data set, as a stream; SPLIT is train by default.
 
     Raises:
-        ValueError: It is not of that form, there is no such configuration or split, or the first row has no text under
-            `text_key`.
+        ValueError: `source` does not have this form, the config or split does not exist, or the first row has no text
+            under `text_key`.
     """
     parts = HUB_NAME.fullmatch(source)
     if parts is None:
@@ -185,10 +185,10 @@ def open_hub(source: str, text_key: str) -> IterableDataset:
     try:
         rows = cast(IterableDataset, load_dataset(parts["name"], parts["config"], split=split, streaming=True))
     except ValueError as error:
-        raise ValueError(f"source {source}: {error}; name one that there is, as in {HUB}") from error
+        raise ValueError(f"source {source}: {error}; name one that exists, as in {HUB}") from error
     first = next(iter(rows), {})
     if not isinstance(first.get(text_key), str):
-        raise ValueError(f"source {source} has no text under {text_key!r}; text_key may be another of {list(first)}")
+        raise ValueError(f"source {source} has no text under {text_key!r}; set text_key to another of {list(first)}")
     return rows
 
 
@@ -203,13 +203,13 @@ def _decompressed(raw: BinaryIO, suffix: str) -> Any:
 
 
 def read_texts(path: Path, text_key: str) -> Iterator[tuple[str, int]]:
-    """Yield each text of a file, and how many of the file's bytes have been read by then.
+    """Yield each text of a file, and the number of bytes read from the file so far.
 
     Raises:
         ValueError: The file is damaged or not UTF-8, or a line of a .jsonl file has no text under `text_key`.
     """
     name = FILE_NAME.search(path.name)
-    kind = name[1] if name else "txt"  # a module of the standard library
+    kind = name[1] if name else "txt"  # no match: a .py file of the standard library
     pieces = _decoded(path, by_line=kind != "txt")
     if kind == "jsonl":
         for number, (line, position) in enumerate(pieces, start=1):
@@ -222,7 +222,7 @@ def read_texts(path: Path, text_key: str) -> Iterator[tuple[str, int]]:
 
 
 def _decoded(path: Path, by_line: bool) -> Iterator[tuple[str, int]]:
-    """Yield the text of a file by lines, or by pieces of about `TXT_BYTES` that end at line ends."""
+    """Yield the text of a file line by line, or in pieces of about `TXT_BYTES` that end at line ends."""
     offset = 0
     try:
         with path.open("rb") as raw, _decompressed(raw, path.suffix) as stream:
@@ -254,7 +254,7 @@ def _articles(lines: Iterable[tuple[str, int]]) -> Iterator[tuple[str, int]]:
 def _field(line: str, text_key: str, where: str) -> str:
     try:
         text = json.loads(line)[text_key]
-        text.encode()  # JSON can spell half a surrogate pair, which no encoding can hold
+        text.encode()  # fails on half a surrogate pair, which JSON allows but UTF-8 cannot encode
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{where}: not a JSON object with text under {text_key!r}; change it or text_key") from error
     return text

@@ -1,11 +1,11 @@
-"""Local copies of the paper's evaluation data, in the form in which lm-evaluation-harness gets them from the Hub.
+"""Read local copies of the paper's evaluation data, in the form in which lm-evaluation-harness gets them from the Hub.
 
-    DIR/wikitext2_test.raw       WikiText-2 (or 103) test set, raw; an article is a document
-    DIR/lambada_test.jsonl       LAMBADA test set as OpenAI has it: a "text" a line
+    DIR/wikitext2_test.raw       raw test set of WikiText-2 (or 103); an article is a document
+    DIR/lambada_test.jsonl       OpenAI's LAMBADA test set; each line has a field "text"
     DIR/superglue/TASK/*.jsonl   SuperGLUE as its authors publish it, with TASK one of BoolQ, CB, COPA, MultiRC, ReCoRD,
                                  RTE, WiC, WSC; val.jsonl is scored, train.jsonl gives the few-shot examples
 
-The first two may have .xz behind their names, and `superglue` may be `superglue.tar.xz`.
+The first two may be compressed, with .xz added to their names. `superglue` may be the archive `superglue.tar.xz`.
 """
 
 import json
@@ -55,7 +55,7 @@ def _record(row: Row) -> Iterator[Row]:
 
 
 def _wsc(row: Row) -> Iterator[Row]:
-    """With the spans as they stand in the text, which is what the variant `wsc.fixed` fixes."""
+    """Correct spans that differ from the text, as the Hub's variant `wsc.fixed` does."""
     target, words = dict(row["target"]), row["text"].split()
     for span in ("span1", "span2"):
         length = len(target[f"{span}_text"].split())
@@ -65,7 +65,7 @@ def _wsc(row: Row) -> Iterator[Row]:
     yield {"idx": row["idx"], "text": row["text"], **target, "label": int(row["label"])}
 
 
-# SuperGLUE's folders, and how a line of their files becomes rows, by lm-evaluation-harness's names.
+# lm-evaluation-harness's name of a task → its folder, and the function that turns a line of its files into rows.
 _SUPERGLUE: dict[str, tuple[str, Callable[[Row], Iterable[Row]]]] = {
     "boolq": ("BoolQ", _plain),
     "cb": ("CB", _named("entailment", "contradiction", "neutral")),
@@ -82,7 +82,7 @@ def _texts(path: Path) -> list[str]:
     for file in (path.with_name(f"{path.name}.xz"), path):
         if file.is_file():
             return [text for text, _ in read_texts(file, "text")]
-    raise FileNotFoundError(f"{path}: no such file, and none with .xz behind its name.")
+    raise FileNotFoundError(f"{path}: no such file, and no {path.name}.xz either.")
 
 
 def _superglue(folder: Path, name: str) -> str:
@@ -93,7 +93,7 @@ def _superglue(folder: Path, name: str) -> str:
         try:
             file = members.extractfile(f"superglue/{name}")
         except KeyError:
-            raise FileNotFoundError(f"{archive}: no superglue/{name} in it.") from None
+            raise FileNotFoundError(f"{archive}: has no file superglue/{name}.") from None
         assert file is not None
         return file.read().decode()
 
@@ -106,11 +106,11 @@ def rows(folder: str | Path, task: str) -> dict[str, list[Row]]:
         task: lm-evaluation-harness's name: wikitext, lambada_openai, or one of SuperGLUE's.
 
     Returns:
-        The rows of the splits that the harness asks for: `test`, or `train` and `validation`.
+        Split → rows. The splits are those that the harness asks for: `test`, or `train` and `validation`.
 
     Raises:
-        FileNotFoundError: If the folder has none.
-        ValueError: If they cannot be read.
+        FileNotFoundError: The folder has no data of the task.
+        ValueError: The data cannot be read.
     """
     folder = Path(folder)
     try:

@@ -1,10 +1,10 @@
-"""Text → byte-level BPE tokenizer → MDS shards for llm-foundry's `text` loader.
+"""Train a byte-level BPE tokenizer on text, and write MDS shards for llm-foundry's `text` loader.
 
-    OUT/manifest.json     the arguments, the source files and their sizes: what a later run is compared with
+    OUT/manifest.json     the arguments, the source files and their sizes, to compare a later run with
     OUT/tokenizer/        for `tokenizer.name: OUT/tokenizer`
     OUT/train/, OUT/val/  for `dataset: {local: OUT, split: train}`: one column, `tokens`, an int32 array
 
-Each part is written under `OUT/.partial` and renamed when whole, so a final name always holds a finished part.
+Each part is written to `OUT/.partial` and renamed when it is complete. So tokenizer, train and val are never partial.
 """
 
 import json
@@ -33,8 +33,8 @@ __all__ = ["prepare"]
 
 EOS = "<|endoftext|>"
 DEFAULT_VOCAB_SIZE = 32_000
-SMALLEST_VOCAB_SIZE = 256 + 1 + 1  # bytes, EOS, and a first merge
-TOKENIZER_BYTES = 500_000_000  # of training text that a new tokenizer learns from: a minute on two cores
+SMALLEST_VOCAB_SIZE = 256 + 1 + 1  # bytes, EOS and one merge
+TOKENIZER_BYTES = 500_000_000  # size of the text that a new tokenizer is trained on; takes a minute on two cores
 MANIFEST, PARTIAL = "manifest.json", ".partial"
 
 
@@ -51,39 +51,38 @@ def prepare(
     shuffle: bool = True,
     text_key: str = "text",
 ) -> dict[str, int]:
-    """Write a tokenizer and token shards for llm-foundry's `text` loader, or finish an interrupted run of the same.
+    """Write a tokenizer and token shards for llm-foundry's `text` loader. Continue an earlier run that was interrupted.
 
     A document is a line of a .jsonl file, a row of a Hugging Face data set, an article of a WikiText file, or a .txt
-    file, one longer than 1 MB being cut at line ends; empty ones are skipped. It goes to val or train by a hash of seed
-    and text, so equal documents are never in both. Within a split the documents' tokens, an EOS after each, are joined
-    and cut into sequences; a last part shorter than a sequence is dropped. Special tokens that a document spells out
-    are encoded as plain text, so that an EOS is always an end; those that a given tokenizer adds by itself (a BOS, for
-    example) stay.
+    file; a .txt file of more than 1 MB is cut at line ends. Empty documents are skipped. A hash of seed and text sends
+    a document to val or train, so equal documents are in the same split. Within a split the tokens of all documents,
+    with an EOS after each document, are joined and cut into sequences. A last part shorter than a sequence is dropped.
+    A special token that is written in the text is encoded as plain text, so that an EOS always means an end. Special
+    tokens that a given tokenizer adds itself, such as a BOS, stay.
 
-    WikiText comes as lines, of which most are paragraphs. With an EOS after each of them a model would be asked for an
-    end that no document of its training has there, and no context would reach beyond it. So the articles are put
-    together again, as EleutherAI/wikitext_document_level has them on the Hub (text key `page`).
+    The lines of WikiText are joined into articles, as in EleutherAI/wikitext_document_level on the Hub (text key
+    `page`). A line is a paragraph; as documents, paragraphs would have no context and an EOS where training has none.
 
     Memory does not grow with the amount of text. To mix sources in chosen proportions, prepare each with the same
     tokenizer and use foundry's `streams`.
 
     Args:
         out: New or empty folder, or that of an earlier run with the same arguments.
-        sources: Each `stdlib` (the running Python's standard library without tests and `encodings`), a file
+        sources: Each is `stdlib` (this Python's standard library without tests and `encodings`), a file
             (*.txt, *.jsonl, or WikiText's *.raw and *.tokens, plain or with .xz, .zst or .gz), a folder of such files,
-            or `hf:NAME[:CONFIG][@SPLIT]`: a split, train by default, of a Hugging Face data set, or of a local folder
-            that `datasets` loads, streamed.
+            or `hf:NAME[:CONFIG][@SPLIT]`: a split (train by default) of a Hugging Face data set, or of a local folder
+            that `datasets` can load. The data set is streamed.
         sequence_length: Tokens in a sequence.
         vocab_size: Exact size of the byte-level BPE vocabulary that is trained on the first 500 MB of the train
             split; None for 32,000. Only without `tokenizer`.
-        tokenizer: Name or folder of a Hugging Face tokenizer to use instead, one that runs no code of its own. If its
-            pad token is its EOS, a line on stderr says what to add to the training YAML.
-        max_tokens: Tokens of the train split, rounded up to a whole sequence, after which to stop; None for all.
-        val_fraction: Share of the documents to hold out, in [0, 1]; 0 writes no val split, 1 no train split, which
-            is for text to evaluate on and needs a `tokenizer`.
-        seed: Of the split and of the order.
-        shuffle: Whether files (a Hugging Face data set's own, too) are read in random order and documents pass
-            through a shuffle buffer of 128 MB; otherwise they stay in order, files before Hugging Face sources.
+        tokenizer: Name or folder of a Hugging Face tokenizer to use instead. It must not need code of its own. If its
+            pad token is its EOS, a warning on stderr says what to add to the training YAML.
+        max_tokens: Stop after so many tokens of the train split, rounded up to a whole sequence; None for all.
+        val_fraction: Share of the documents in val, in [0, 1]. 0 writes no val split. 1 writes no train split; this
+            is for evaluation data and needs a `tokenizer`.
+        seed: Seed of the split and of the order.
+        shuffle: Whether to read files (also those of a Hugging Face data set) in random order and to pass documents
+            through a shuffle buffer of 128 MB. Otherwise they stay in order, files before Hugging Face sources.
         text_key: Field of a .jsonl line or Hugging Face row that holds the text.
 
     Returns:
@@ -91,7 +90,7 @@ def prepare(
 
     Raises:
         ValueError: An argument is out of range or differs from the earlier run's, a source has no readable text, the
-            tokenizer has no EOS, the text cannot fill the vocabulary, or a split cannot fill a sequence.
+            tokenizer has no EOS, the text is too short for the vocabulary, or a split cannot fill a sequence.
         FileNotFoundError: A source does not exist.
         FileExistsError: `out` holds something else.
     """
@@ -134,10 +133,10 @@ def prepare(
             (partial / "tokenizer").rename(out / "tokenizer")
         used = _load_tokenizer(str(out / "tokenizer"))
         if used.pad_token_id == used.eos_token_id:
-            # transformers' collator, which the `text` loader has, takes every such token for padding.
+            # The `text` loader uses transformers' collator, which masks every pad token in the labels.
             _say(
-                f"warning: the pad token of this tokenizer is its EOS, {used.eos_token}, so that in training no EOS is "
-                "a target and no model learns to end a document; set tokenizer.kwargs.pad_token: null in the YAML"
+                f"warning: the pad token of this tokenizer is its EOS, {used.eos_token}, so training masks every EOS "
+                "and the model does not learn to end a document; set tokenizer.kwargs.pad_token: null in the YAML"
             )
         _write_shards(partial, corpus, used, sequence_length, max_tokens, sizes)
         for split in parts:
@@ -157,7 +156,8 @@ def _check_ranges(
         raise ValueError(f"vocab_size: {vocab_size} does not apply to a given tokenizer, {tokenizer}; drop one of them")
     if vocab_size is not None and vocab_size < SMALLEST_VOCAB_SIZE:
         raise ValueError(
-            f"vocab_size: {vocab_size} is too small: 256 bytes, {EOS} and a first merge are {SMALLEST_VOCAB_SIZE}"
+            f"vocab_size: {vocab_size} is too small; it must be at least {SMALLEST_VOCAB_SIZE} "
+            f"(256 bytes, {EOS} and one merge)"
         )
     if sequence_length < 1:
         raise ValueError(f"sequence_length: {sequence_length} must be at least 1")
@@ -166,16 +166,16 @@ def _check_ranges(
     if not 0 <= val_fraction <= 1:
         raise ValueError(f"val_fraction: {val_fraction} must be in [0, 1]")
     if val_fraction == 1 and tokenizer is None:
-        raise ValueError("val_fraction: 1 leaves no text to train a tokenizer on; give tokenizer, that of the model")
+        raise ValueError("val_fraction: 1 leaves no text to train a tokenizer on; give the model's as tokenizer")
     if val_fraction == 1 and max_tokens is not None:
-        raise ValueError(f"max_tokens: {max_tokens} is of the train split, which val_fraction 1 leaves out; drop it")
+        raise ValueError(f"max_tokens: {max_tokens} limits the train split, but val_fraction: 1 writes none; drop it")
 
 
 def _earlier_run(out: Path, arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the manifest that an earlier run left in `out`, None if `out` is new."""
+    """Return the manifest of an earlier run in `out`, or None if `out` is new."""
     if not (out / MANIFEST).exists():
         if out.exists() and (not out.is_dir() or any(path.name != PARTIAL for path in out.iterdir())):
-            raise FileExistsError(f"{out} holds something else; give a new or an empty folder")
+            raise FileExistsError(f"{out} holds something else; give a new or empty folder")
         return None
     manifest = json.loads((out / MANIFEST).read_text())
     for key, now in arguments.items():
@@ -227,15 +227,15 @@ def _train_tokenizer(
     bpe.train_from_iterator(texts(), vocab_size, special_tokens=[EOS], show_progress=sys.stderr.isatty())
     if bpe.get_vocab_size() != vocab_size:
         raise ValueError(
-            f"vocab_size: {vocab_size} is too large: the text gives {bpe.get_vocab_size()}; ask for fewer or add text"
+            f"vocab_size: {vocab_size} is too large: the text gives {bpe.get_vocab_size()}; reduce it or add text"
         )
-    # GPT-2's class is byte-level BPE with this EOS, and is known to every tool that loads tokenizers.
+    # GPT-2's class is byte-level BPE with this EOS, and all tools know it.
     return GPT2TokenizerFast(tokenizer_object=Tokenizer.from_str(bpe.to_str()), model_max_length=sequence_length)
 
 
 @dataclass
 class _Packer:
-    """Foundry's concat-tokens rule (`llmfoundry.data.data.ConcatTokensDataset`), many documents at a time."""
+    """Packs documents as foundry's `llmfoundry.data.data.ConcatTokensDataset` does, many at a time."""
 
     writer: MDSWriter
     sequence_length: int
@@ -244,7 +244,7 @@ class _Packer:
     rest: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
 
     def write(self, documents: Iterable[list[int]]) -> None:
-        """Join the documents to what is left from before, and write the full sequences up to the limit."""
+        """Append the documents to the remaining tokens, and write the full sequences up to the limit."""
         tokens = np.concatenate([self.rest, np.fromiter(chain.from_iterable(documents), np.int32)])
         end = len(tokens) // self.sequence_length * self.sequence_length
         for sequence in tokens[:end].reshape(-1, self.sequence_length):
@@ -262,10 +262,10 @@ def _write_shards(
     max_tokens: int | None,
     sizes: dict[str, int],
 ) -> None:
-    """Write every split to `folder`, in one pass, since a source that is streamed may take hours to read."""
+    """Write all splits to `folder` in one pass over the documents, because a streamed source may take hours to read."""
     limit = math.inf if max_tokens is None else math.ceil(max_tokens / sequence_length)
     eos = tokenizer.eos_token_id
-    end = [] if tokenizer("").input_ids[-1:] == [eos] else [eos]  # some tokenizers add it by themselves
+    end = [] if tokenizer("").input_ids[-1:] == [eos] else [eos]  # some tokenizers add the EOS themselves
     read = 0
     with ExitStack() as stack:
         packers = {}
@@ -295,6 +295,6 @@ def _write_shards(
     for split, packer in packers.items():
         if packer.sequences == 0:
             raise ValueError(
-                f"the {split} split has fewer tokens than one sequence, {sequence_length}: in another folder, "
-                "add text, or change val_fraction or sequence_length"
+                f"the {split} split has fewer tokens than one sequence, {sequence_length}: add text, or change "
+                "val_fraction or sequence_length, and give another folder"
             )

@@ -133,8 +133,8 @@ def test_hugging_face_source_names_configuration_and_split(tmp_path):
 @pytest.mark.parametrize(
     ("end", "message"),
     [
-        ("@val", r": Bad split: val. Available splits: \['train'\]; name one that there is, as in hf:NAME"),
-        (":de", r": .*'de' not found. Available: \['default'\]; name one that there is, as in hf:NAME"),
+        ("@val", r": Bad split: val. Available splits: \['train'\]; name one that exists, as in hf:NAME"),
+        (":de", r": .*'de' not found. Available: \['default'\]; name one that exists, as in hf:NAME"),
         (":en@", r" is not of the form hf:NAME\[:CONFIG\]\[@SPLIT\]"),
         ("@test:en", " is not of the form"),
         (":", " is not of the form"),
@@ -176,7 +176,7 @@ def test_check_names_the_file_and_the_place(tmp_path, name, data, message):
         corpus_of(tmp_path).check(sequence_length=16)
 
 
-@pytest.mark.parametrize("name, message", [("notes.md", "notes.md is not named"), (".", "holds no file named")])
+@pytest.mark.parametrize("name, message", [("notes.md", "notes.md is not named"), (".", "has no file named")])
 def test_sources_without_readable_files_are_refused(tmp_path, name, message):
     (tmp_path / "notes.md").write_text("x")
     with pytest.raises(ValueError, match=message):

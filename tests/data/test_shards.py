@@ -320,10 +320,10 @@ def test_output_inside_the_source_folder_is_not_read_back(tmp_path, source, caps
         ({"sequence_length": 0}, "sequence_length: 0 must"),
         ({"max_tokens": 0}, "max_tokens: 0 must"),
         ({"val_fraction": 1.5}, r"val_fraction: 1.5 must be in \[0, 1\]"),
-        ({"val_fraction": 1}, "val_fraction: 1 leaves no text to train a tokenizer on; give tokenizer"),
+        ({"val_fraction": 1}, "val_fraction: 1 leaves no text to train a tokenizer on; give the model's"),
         (
             {"val_fraction": 1, "tokenizer": "gpt2", "vocab_size": None, "max_tokens": 5},
-            "max_tokens: 5 is of the train split, which val_fraction 1 leaves out; drop it",
+            "max_tokens: 5 limits the train split, but val_fraction: 1 writes none; drop it",
         ),
         ({"sequence_length": 100_000}, "the train split has .* too few for one sequence of 100000 tokens"),
         ({"val_fraction": 1e-9}, "the val split has 0 bytes of text, too few"),
