@@ -29,7 +29,7 @@ LEARNING_RATE = 1e-3
 
 
 class Size(NamedTuple):
-    """A training YAML, what all runs change in it, and between which limits its number of parameters lies."""
+    """A model size: its training YAML, the overrides of all its runs, and the limits of its number of parameters."""
 
     config: str
     overrides: tuple[str, ...]

@@ -31,7 +31,8 @@ def _ratios(evidence: Evidence, method: str, seeds: tuple[int, ...] = SEEDS, **v
 def equal_rate(evidence: Evidence, method: str) -> float:
     """Estimate the learning rate at which a method's median update ratio is that of WeSaR at 1e-3.
 
-    The estimate lies on a line through the two runs of the search that come nearest, in the logarithms of both.
+    Take the two runs of the search whose ratios are nearest to WeSaR's. The estimate lies on the line through their
+    points (log ratio, log rate).
     """
     target = math.log(_ratios(evidence, "wesar", (SEARCH_SEED,))[0])
     rates = np.array([LEARNING_RATE, *map(float, SEARCH)])

@@ -1,11 +1,11 @@
-"""(g) Gradient norms do not tell before from after a spike, update ratios do (Figure 8)."""
+"""(g) A loss spike changes the update ratio of W_d, but not its gradient norm (Figure 8)."""
 
 import numpy as np
 
 from llmfoundry_wesar.runs.summary import SPIKE_WINDOW, spike_steps
 from results.evidence import Evidence, Lacking, Series, Verdict, by_role, decide, interval, jumped
 
-# Every run of the other claims may have a spike; this claim has no runs of its own.
+# This claim has no runs of its own. It looks for spikes in the runs of all other claims.
 SERIES: tuple[Series, ...] = ()
 STEPS = 50
 
