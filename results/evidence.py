@@ -214,6 +214,12 @@ def by_role(runs: Sequence[Scalars], family: str) -> dict[str, tuple[np.ndarray,
     }
 
 
+def median_update_ratio(scalars: Scalars) -> float:
+    """Compute the median over all matrices and all steps with an update."""
+    ratios = np.concatenate([values for metric, (_, values) in scalars.items() if metric.startswith("update_ratio/")])
+    return float(np.median(ratios[np.isfinite(ratios) & (ratios > 0)]))
+
+
 @dataclass(frozen=True)
 class Verdict:
     """The outcome of a claim.

@@ -7,9 +7,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from llmfoundry_wesar.runs.plot import COLOURS
-from llmfoundry_wesar.runs.scalars import Scalars
 from llmfoundry_wesar.runs.summary import SPIKE_WINDOW
-from results.evidence import LEARNING_RATE, MAIN, SEEDS, Evidence, Series, Verdict, decide, interval, jumped
+from results.evidence import (
+    LEARNING_RATE,
+    MAIN,
+    SEEDS,
+    Evidence,
+    Series,
+    Verdict,
+    decide,
+    interval,
+    jumped,
+    median_update_ratio,
+)
 from results.pictures import band, panels
 
 RATES = ("2.0e-3", "8.0e-3", "4.0e-3", "1.6e-2", "5.0e-4", "6.4e-2")
@@ -112,9 +122,3 @@ def report(evidence: Evidence) -> Verdict:
         _draw(sweeps),
         lines,
     )
-
-
-def median_update_ratio(scalars: Scalars) -> float:
-    """Compute the median over all matrices and all steps with an update."""
-    ratios = np.concatenate([values for metric, (_, values) in scalars.items() if metric.startswith("update_ratio/")])
-    return float(np.median(ratios[np.isfinite(ratios) & (ratios > 0)]))

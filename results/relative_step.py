@@ -5,8 +5,7 @@ import math
 import numpy as np
 
 from llmfoundry_wesar.runs.plot import COLOURS
-from results.evidence import LEARNING_RATE, SEEDS, Evidence, Lacking, Series, Verdict, interval
-from results.learning_rates import median_update_ratio
+from results.evidence import LEARNING_RATE, SEEDS, Evidence, Lacking, Series, Verdict, interval, median_update_ratio
 from results.pictures import dots, panels
 
 # The seed of the search for the learning rates. It is not among the SEEDS that are judged.
