@@ -81,6 +81,7 @@ STYLE: dict[Any, Any] = {
 }
 
 _SUFFIXES = (".pdf", ".png", ".svg")
+FINAL_BATCHES = 10
 
 
 def _in_block(curves: list[Curve], layer: int | None) -> list[Curve]:
@@ -374,8 +375,8 @@ def _summed_up(scalars: Scalars) -> Scalars:
 def table(runs: Mapping[str, Scalars]) -> str:
     """Make a Markdown table of runs.
 
-    Final loss: mean of the last 10 logged losses. Held-out loss: last loss on the first evaluation set, if there is
-    one. Last column: `median_update_ratio_quotient`.
+    Final loss: mean of the last FINAL_BATCHES logged losses. Held-out loss: last loss on the first evaluation set, if
+    there is one. Last column: `median_update_ratio_quotient`.
 
     Raises:
         ValueError: A run has no loss or no update ratios of W_d and W_u.
@@ -393,6 +394,6 @@ def table(runs: Mapping[str, Scalars]) -> str:
             raise ValueError(f"run {run!r} has {error}, or leave out --table") from None
         _, losses = scalars[found[0].metric]
         held_out = next((f"{scalars[key][1][-1]:.3f}" for key in _held_out(scalars)), "–")
-        cells = [f"{losses[-10:].mean(dtype=float):10.3f}", f"{held_out:>13}"]
+        cells = [f"{losses[-FINAL_BATCHES:].mean(dtype=float):10.3f}", f"{held_out:>13}"]
         lines.append(f"| {run:{width}} | {' | '.join(cells)} | {quotient:{len(title)}.2f} |")
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from llmfoundry_wesar.runs.plot import draw
+from llmfoundry_wesar.runs.plot import FINAL_BATCHES, draw
 from llmfoundry_wesar.runs.scalars import Scalars, find_curves, read_scalars, replacing
 
 Row = dict[str, str]
@@ -41,7 +41,6 @@ COLUMNS = {
     "wall_seconds": "time from start to end of the process",
 }
 
-FINAL_BATCHES = 10
 SPIKE_WINDOW, SPIKE_DEVIATIONS = 128, 6
 JUMP_WINDOW = 16
 
@@ -158,7 +157,7 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]], columns: Iterable
 
 
 def markdown(rows: Iterable[Sequence[str]]) -> str:
-    """Write rows of a Markdown table."""
+    """Format rows of a Markdown table."""
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
