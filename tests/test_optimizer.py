@@ -358,7 +358,7 @@ def _step_by_fsdp1(model: nn.Module, optimizer: WeSaRAdamW, steps: range) -> Non
 
 
 def _saved_and_loaded_by_fsdp1() -> tuple[bool, int]:
-    """Whether a model goes on alike from its whole state; the parameters of which this rank holds nothing."""
+    """Return whether a model continues equally from its whole state, and how many parameters are empty on this rank."""
     models, optimizers = [], []
     for _ in range(2):
         models.append(training.regression(training.PlainNet))

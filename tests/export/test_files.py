@@ -271,7 +271,7 @@ def _sharded_folder(exported: dict[str, Path], folder: Path) -> Path:
 
 
 def test_a_folder_in_several_files_is_read_by_its_index(exported, trained, tmp_path, caplog):
-    """Other files there do not belong to the model, whatever their tensors' names. A message says so."""
+    """Other files in the folder do not belong to the model, whatever names their tensors have. A message names them."""
     folder = _sharded_folder(exported, tmp_path / "sharded")
     assert_same_logits(logits(load(folder)[0], trained["wesar"].ids), trained["wesar"].logits, FLOAT32)
     assert not caplog.messages
