@@ -1,1 +1,1 @@
-"""Checkpoints in, plain models out, and back."""
+"""Turn checkpoints into plain models, and plain models into gated checkpoints."""

@@ -1,8 +1,8 @@
-"""`ArceeForCausalLM` for the transformers that foundry allows: later ones (≥ 4.53) have it themselves.
+"""Define `ArceeForCausalLM` for the version of transformers that foundry needs; versions from 4.53 on have it.
 
-Llama with a feed-forward layer that is not gated: with GELU the architecture of the paper. Config and parameter names
-are those of the later transformers, so that they load what is saved here, without code of ours. What other programs
-make of it is in `clients`.
+Arcee is Llama with an ungated feed-forward layer. With GELU it is the architecture of the paper. Config keys and
+parameter names are those of transformers ≥ 4.53, which loads the saved model without code of ours. `clients` says
+which other programs load it.
 """
 
 from transformers.models.llama.configuration_llama import LlamaConfig

@@ -1,4 +1,4 @@
-"""The model card: the README.md of an exported folder."""
+"""Write the model card, which is the README.md of an exported folder."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -34,7 +34,7 @@ def _leaves(tree: dict[str, Any], path: tuple[str, ...] = ()) -> Iterable[tuple[
 
 
 def method_of(config: dict[str, Any]) -> str | None:
-    """Return the method whose `model` section a config contains; of several the most specific one, None if none."""
+    """Return the method whose `model` section is part of a config, or None. Of several, take the one with most keys."""
     leaves = dict(_leaves(config))
     found = []
     for name in methods.names("method"):
@@ -55,16 +55,16 @@ def model_card(
     format: str,
     dtype: str,
 ) -> str:
-    """Return the text of a card.
+    """Return the text of a model card.
 
     Args:
-        name: Of the model.
-        config: Of the model that is written.
-        parameters: How many it has.
-        trained: The config with which it was trained.
+        name: Name of the model.
+        config: Config of the exported model.
+        parameters: Number of parameters of the exported model.
+        trained: Config with which the model was trained.
         progress: How far it was trained.
         format: `hf` or `gguf`.
-        dtype: Of the weights.
+        dtype: Type of the exported weights.
     """
     rows = {
         "method": f"`{method}` of llmfoundry_wesar" if (method := method_of(trained)) else None,
@@ -90,7 +90,7 @@ pipeline_tag: text-generation
 # {name}
 
 A causal language model trained with llm-foundry and llmfoundry_wesar. Its gates, scales and multipliers are merged into
-the weights: nothing of them is needed to use it.
+the weights, so you need neither package to use it.
 
 | | |
 |---|---|

@@ -1,7 +1,7 @@
 """Read a Composer checkpoint, whole or sharded, without running anything that it contains.
 
-Only plain data is unpickled: `torch.load` in its `weights_only` mode, and for the metadata of a sharded checkpoint an
-unpickler that knows nothing but the classes which torch writes there. A checkpoint that needs more is refused.
+Only plain data is unpickled. Tensors are read by `torch.load` with `weights_only`; the metadata of a sharded checkpoint
+is read by an unpickler that allows only the classes which torch writes there. Any other class is refused.
 """
 
 import datetime
@@ -25,14 +25,14 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.torch_version import TorchVersion
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-# What Composer saves beside tensors and plain containers: times, numpy's random state, torch's version.
+# Classes that Composer saves besides tensors and plain containers: times, numpy's random state, torch's version.
 _PLAIN_CLASSES: list[Any] = [
     datetime.timedelta,
     TorchVersion,
     np.ndarray,
     np.dtype,
     type(np.dtype(np.uint32)),
-    # numpy's maker of arrays, which numpy 1 and numpy 2 keep in different places.
+    # The function that rebuilds an array; its module differs between numpy 1 and numpy 2.
     *((np.empty(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
 ]
 _METADATA_CLASSES = {
@@ -44,19 +44,19 @@ _METADATA_CLASSES = {
     ("pathlib", "PosixPath"),
 }
 _SHARDED_KEYS = [("state", key) for key in ("model", "integrations", "timestamp", "run_name")]
-_PREFIX = "model."  # of the Hugging Face model in Composer's `HuggingFaceModel`
+_PREFIX = "model."  # prefix of the Hugging Face model's names in Composer's `HuggingFaceModel`
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run was trained; 0 and empty for a model that is not of a training checkpoint.
+    """How far a run was trained; 0 and empty for a model that does not come from a training checkpoint.
 
     Attributes:
-        run_name: Of the run.
+        run_name: Name of the run.
         batches: Optimizer steps.
-        tokens: As Composer counts them.
-        metrics: What the checkpoint has of the evaluators' metrics, by `EVALUATOR/METRIC`. The trainer keeps them only
-            with Composer's `save_metrics`.
+        tokens: Training tokens, as Composer counts them.
+        metrics: `EVALUATOR/METRIC` → value, as far as the checkpoint has them. The trainer saves them only with
+            Composer's `save_metrics`.
     """
 
     run_name: str = ""
@@ -67,13 +67,13 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a training checkpoint says about its model.
+    """The model of a training checkpoint.
 
     Attributes:
-        config: The Hugging Face config, as `config.json` would hold it.
-        weights: Parameters and buffers by the names that the Hugging Face model gives them.
-        tokenizer: None if the run had none.
-        progress: Of the run.
+        config: The Hugging Face config, as in `config.json`.
+        weights: Parameters and buffers by their names in the Hugging Face model.
+        tokenizer: The tokenizer, or None if the run had none.
+        progress: How far the model was trained.
     """
 
     config: dict[str, Any]
@@ -83,16 +83,16 @@ class Checkpoint:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return the checkpoint that a path means.
+    """Return the checkpoint at a path.
 
     Args:
-        path: A checkpoint (a `.pt` file, or the folder of a sharded one), or a `save_folder`: then its latest one, or
-            the only one that is there.
+        path: A checkpoint (a `.pt` file, or the folder of a sharded checkpoint), or a `save_folder`. In a
+            `save_folder` it is the latest checkpoint, or the only one.
 
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If there are several and no link to the latest, or links to the latest whole and sharded one, of
-            which neither the name nor the time of a copied file tells the later.
+        FileNotFoundError: There is no checkpoint.
+        ValueError: There are several checkpoints and no link to the latest, or two links, to a whole and to a sharded
+            one. (After a copy neither names nor times show which of the two is later.)
     """
     path = Path(path)
     if path.is_file() or (path / ".metadata").is_file():
@@ -114,14 +114,14 @@ def find_checkpoint(path: str | Path) -> Path:
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read config, weights and tokenizer of a Composer checkpoint of a Hugging Face model.
 
-    Weights of a whole checkpoint stay on disk until they are used (mmap). The checksum of every tensor is verified.
+    The weights of a whole checkpoint stay on disk until they are used (mmap). The checksum of every tensor is verified.
 
     Args:
         path: As for `find_checkpoint`.
 
     Raises:
-        FileNotFoundError: If there is no checkpoint, or a part of it is missing.
-        ValueError: If it is damaged, not Composer's, without a Hugging Face model, or needs code to be loaded.
+        FileNotFoundError: There is no checkpoint, or a part of it is missing.
+        ValueError: The checkpoint is damaged, is not one of Composer's with a Hugging Face model, or needs to run code.
     """
     path = find_checkpoint(path)
     state = (_read_sharded if path.is_dir() else _read_whole)(path)
@@ -131,11 +131,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         weights = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"{path}: not a Composer checkpoint of a Hugging Face model, which has `state.model` and "
+            f"{path}: not a Composer checkpoint of a Hugging Face model; it must have `state.model` and "
             f"`state.integrations.huggingface` ({error!r})."
         ) from error
     if strange := [name for name, tensor in weights.items() if not isinstance(tensor, Tensor)]:
-        raise ValueError(f"{path}: not a Composer checkpoint of a Hugging Face model, since {strange[0]} is no tensor.")
+        raise ValueError(f"{path}: not a Composer checkpoint of a Hugging Face model: {strange[0]} is not a tensor.")
     tokenizer = _load_tokenizer(tokenizer, path) if tokenizer else None
     return Checkpoint(config, weights, tokenizer, _progress(state["state"]))
 
@@ -153,7 +153,7 @@ def _progress(state: dict[str, Any]) -> Progress:
 
 def _load_tokenizer(files: dict[str, Any], path: Path) -> PreTrainedTokenizerBase:
     if outside := [name for name in files if Path(name).name != name]:
-        raise ValueError(f"{path}: refused, since a file of its tokenizer would be written outside: {outside[0]}.")
+        raise ValueError(f"{path}: refused, because its tokenizer has a file outside of its folder: {outside[0]}.")
     try:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer = HuggingFaceModel.load_huggingface_tokenizer_from_saved_state(
@@ -161,21 +161,21 @@ def _load_tokenizer(files: dict[str, Any], path: Path) -> PreTrainedTokenizerBas
             )
     except OSError:
         raise
-    except Exception as error:  # tokenizers raises no other kind
+    except Exception as error:  # the package tokenizers raises plain Exceptions
         raise ValueError(f"{path}: its tokenizer cannot be loaded ({str(error).splitlines()[0]}).") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 
 
 def _verify(file: str | Path | IO[bytes], name: str | Path) -> None:
-    """Compare the checksums of an archive that `torch.save` wrote; `torch.load` itself does not."""
+    """Verify the checksums of an archive that `torch.save` wrote, because `torch.load` does not."""
     try:
         with ZipFile(file) as archive:
             damaged = archive.testzip()
     except (BadZipFile, EOFError, NotImplementedError) as error:
         raise ValueError(f"{name}: not a checkpoint, or cut short ({error}).") from error
     if damaged:
-        raise ValueError(f"{name}: damaged, since {damaged} fails its checksum.")
+        raise ValueError(f"{name}: damaged ({damaged} has a wrong checksum).")
 
 
 def _read_whole(path: Path) -> Any:
@@ -187,7 +187,7 @@ def _read_whole(path: Path) -> Any:
                 return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:
             raise ValueError(f"{path}: not a checkpoint ({str(error).splitlines()[0]}).") from error
-    raise ValueError(f"{path}: refused, since loading {', '.join(sorted(foreign))} could run code.")
+    raise ValueError(f"{path}: refused, because loading {', '.join(sorted(foreign))} could run code.")
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -220,7 +220,7 @@ def _read_sharded(path: Path) -> Any:
     reader = _Reader(path)
     try:
         known = reader.read_metadata()
-        # Optimizer states stay unread: they are two thirds of a checkpoint.
+        # Do not read the optimizer states: they are two thirds of a checkpoint.
         paths = {name: keys for name, keys in (known.planner_data or {}).items() if keys[:2] in _SHARDED_KEYS}
         entries = {name: known.state_dict_metadata[name] for name in paths}
         values = {

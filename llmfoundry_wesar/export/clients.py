@@ -1,7 +1,7 @@
-"""What other programs make of an exported model: as tried on 2026-11-26 with the versions below.
+"""Tell which programs load an exported model, as tested on 2026-11-26 with the versions below.
 
-Tried with models trained for some hundred steps: logits of all tokens of a prompt and 30 greedy tokens, against
-transformers 5.17 in float32. `docs/tools.md` has the figures.
+The test models were trained for some hundred steps. Each program's logits of all tokens of a prompt, and 30 greedy
+tokens, were compared with those of transformers 5.17 in float32. `docs/tools.md` has the figures.
 """
 
 from transformers.models.llama.configuration_llama import LlamaConfig
@@ -13,7 +13,7 @@ _LLAMA_CPP = "llama.cpp, Ollama, LM Studio"
 
 
 def clients(config: LlamaConfig, format: str) -> dict[str, str]:
-    """Return what each program makes of a model that was exported as `hf` or `gguf`."""
+    """Return, for each program, whether and how it loads a model that was exported as `hf` or `gguf`."""
     if format == "gguf":
         return {_LLAMA_CPP: "load the .gguf file as it is"}
     use_gguf = "use --format gguf instead"
@@ -25,7 +25,7 @@ def clients(config: LlamaConfig, format: str) -> dict[str, str]:
             _LLAMA_CPP: (
                 "refuse it"
                 if config.mlp_bias
-                else "WRONG without a word: they take the activation for a squared ReLU, whatever the config says"
+                else "WRONG, without an error: they compute a squared ReLU, whatever the config says"
             )
             + ("" if config.hidden_act == "relu" else f"; {use_gguf}"),
             "CTranslate2": "refuses it",
@@ -33,18 +33,18 @@ def clients(config: LlamaConfig, format: str) -> dict[str, str]:
     if config.hidden_act == "silu":
         return {
             "transformers, vLLM, CTranslate2": "load it natively",
-            _LLAMA_CPP: f"compute it rightly, but their converter refuses tokenizers that it does not know; {use_gguf}",
+            _LLAMA_CPP: f"compute it correctly, but their converter refuses unknown tokenizers; {use_gguf}",
         }
     return {
         "transformers": "loads it natively",
         "vLLM": "refuses it without --model-impl transformers",
-        f"{_LLAMA_CPP}, CTranslate2": f"WRONG without a word: they compute silu instead of {config.hidden_act}; "
+        f"{_LLAMA_CPP}, CTranslate2": f"WRONG, without an error: they compute silu instead of {config.hidden_act}; "
         "train with ffn_act_fn: {name: silu} if you need them",
     }
 
 
 def table(config: LlamaConfig, format: str) -> str:
-    """Return `clients` as lines of text, with the versions that were tried."""
+    """Return `clients` as lines of text, with the versions that were tested."""
     rows = clients(config, format)
     width = max(map(len, rows))
     return "\n".join([f"{name:{width}}  {verdict}" for name, verdict in rows.items()] + [f"(tried: {TRIED})"])

@@ -1,12 +1,12 @@
-"""From one model to another that computes the same function; Hugging Face models on the CPU, no files.
+"""Convert between model classes without changing the function that the model computes. In memory, on the CPU.
 
-    build_mpt   a config and weights  ->  the model as it was trained
-    from_llama  the same of an Arcee or Llama model  ->  those of an MPT
+    build_mpt   config and weights  ->  the model as it was trained
+    from_llama  config and weights of an Arcee or Llama  ->  config and weights of an MPT
     merge       a trained model  ->  foundry's plain MPT
     to_hf       a trained model  ->  ArceeForCausalLM, or LlamaForCausalLM for a GLU
-    to_gated    a trained model  ->  one with the layers of a method
+    to_gated    a trained model  ->  a model with the layers of a method
 
-What the target cannot express is refused by the name of its config key.
+If the target cannot express the model, a ValueError names the config key.
 """
 
 import json
@@ -30,11 +30,11 @@ from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM, argument
 
 Weights = dict[str, Tensor]
 
-# The values of config keys with which a model computes what a plain MPT computes, and what a Llama computes.
+# The values of config keys that a plain MPT, or a Llama, can express.
 _AS_MPT: dict[str, tuple] = {
     "norm_placement": ("pre",),
     "embedding_norm": (False,),
-    # It gives the attention's matrices other names.
+    # true gives the matrices of the attention other names.
     "fuse_norm_attn_norm": (None, False),
 }
 _AS_LLAMA: dict[str, tuple] = {
@@ -62,7 +62,7 @@ _AS_LLAMA: dict[str, tuple] = {
     "block_overrides": (None,),
     "final_logit_softcapping": (None,),
 }
-# Activation functions by transformers' names: torch's names, with the options that foundry passes on.
+# transformers' name of an activation function → foundry's `ffn_act_fn`: torch's name and options.
 _ACTIVATIONS = {
     "gelu": {"name": "gelu", "approximate": "none"},
     "gelu_pytorch_tanh": {"name": "gelu", "approximate": "tanh"},
@@ -85,7 +85,7 @@ _BLOCK_MODULES = {
 
 
 def _module_names(n_layers: int) -> dict[str, str]:
-    """Llama's name of each module of an MPT."""
+    """Map each module name of an MPT to Llama's."""
     blocks = {
         f"transformer.blocks.{i}.{mpt}": f"model.layers.{i}.{llama}"
         for i in range(n_layers)
@@ -108,7 +108,7 @@ def _require(config: Any, admissible: dict[str, tuple], target: str) -> None:
         value: Any = tree
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        # Foundry takes the names of norms in any case.
+        # Foundry accepts the names of norms in upper or lower case.
         if (value.lower() if key == "norm_type" else value) not in values:
             refused.append(f"model.{key}: {json.dumps(value)} (only {' or '.join(map(json.dumps, values))})")
     if refused:
@@ -116,7 +116,7 @@ def _require(config: Any, admissible: dict[str, tuple], target: str) -> None:
 
 
 def _fill(model: nn.Module, weights: Weights) -> None:
-    """Give a model without memory its weights, which are then those of the model, not copies."""
+    """Assign weights to a model on the meta device, without copying them."""
     wanted = model.state_dict()
     shapes = {name for name in wanted.keys() & weights.keys() if wanted[name].shape != weights[name].shape}
     for what, names in (
@@ -126,7 +126,7 @@ def _fill(model: nn.Module, weights: Weights) -> None:
     ):
         if names:
             raise ValueError(
-                f"weights and config are not of one model: {len(names)} weights {what}, such as {min(names)}."
+                f"weights and config do not fit together: {len(names)} weights {what}, such as {min(names)}."
             )
     model.load_state_dict(weights, assign=True)
     model.requires_grad_(False)
@@ -134,25 +134,25 @@ def _fill(model: nn.Module, weights: Weights) -> None:
 
 
 def require_finite(name: str, weight: Tensor) -> None:
-    """Raise a ValueError that names a tensor if it has an infinite value or NaN, because it diverged or was rounded."""
+    """Raise a ValueError that names the tensor if it has an infinite value or NaN, from divergence or from rounding."""
     if weight.isfinite().all():
         return
     if weight.dtype in (torch.float16, torch.bfloat16) and not weight.isnan().any():
         dtype = str(weight.dtype).removeprefix("torch.")
         raise ValueError(f"{name} has a value that is too large for {dtype}; use --dtype float32.")
-    raise ValueError(f"{name} is not finite, since the run has diverged; use an earlier checkpoint.")
+    raise ValueError(f"{name} is not finite, because the run has diverged; use an earlier checkpoint.")
 
 
 def is_arcee(config: LlamaConfig) -> bool:
-    """Tell whether a config of `hf_config` is one of an Arcee, whose feed-forward layers are not gated."""
+    """Tell whether a config from `hf_config` is an Arcee's, whose feed-forward layers are ungated."""
     return config.model_type == ArceeConfig.model_type
 
 
 def build_mpt(config: MPTConfig, weights: Weights) -> MPTForCausalLM:
-    """Build the MPT of a config, ours (`WeSaRMPTConfig`) or foundry's, around the given weights.
+    """Build the MPT of a config, ours (`WeSaRMPTConfig`) or foundry's, with the given weights. They are not copied.
 
     Raises:
-        ValueError: If they are not those of such a model.
+        ValueError: The weights do not fit the config.
     """
     config.init_device = "meta"
     model = WeSaRMPTForCausalLM(config) if isinstance(config, WeSaRMPTConfig) else MPTForCausalLM(config)
@@ -162,13 +162,13 @@ def build_mpt(config: MPTConfig, weights: Weights) -> MPTForCausalLM:
 
 
 def from_llama(llama: dict[str, Any], weights: Weights) -> tuple[dict[str, Any], Weights]:
-    """MPT's config and weights for those of an Arcee or Llama model.
+    """Turn config and weights of an Arcee or Llama model into those of an MPT.
 
     Raises:
-        ValueError: If MPT cannot express it; the message names the key.
+        ValueError: MPT cannot express the model; the message names the key.
     """
     config = LlamaConfig.from_dict({**llama, "rope_scaling": None})
-    # transformers ≥ 5 writes `rope_parameters`, earlier ones `rope_theta` and `rope_scaling`.
+    # transformers ≥ 5 writes `rope_parameters`, earlier versions write `rope_theta` and `rope_scaling`.
     rope = llama.get("rope_parameters") or llama.get("rope_scaling") or {}
     for key, value, admissible in (
         ("rope_type", rope.get("rope_type", "default"), ("default",)),
@@ -198,7 +198,7 @@ def from_llama(llama: dict[str, Any], weights: Weights) -> tuple[dict[str, Any],
             "attn_impl": "torch",
             "kv_n_heads": config.num_key_value_heads,
             "fused_qkv": False,
-            # Foundry's default takes no notice of head_dim.
+            # Foundry's default softmax_scale is 1/√(d_model/n_heads), even if head_dim is set.
             "softmax_scale": config.head_dim**-0.5 if own_head_dim else None,
             "rope": True,
             "rope_impl": "hf",
@@ -211,13 +211,13 @@ def from_llama(llama: dict[str, Any], weights: Weights) -> tuple[dict[str, Any],
         },
         "init_config": {"name": "small_init_"},
     }
-    # Constants that transformers ≤ 4.31 wrote, and that the config tells.
+    # Constants that follow from the config; transformers ≤ 4.31 saved them.
     weights = {name: weight for name, weight in weights.items() if not name.endswith("rotary_emb.inv_freq")}
     return mpt, _rename(weights, {llama: mpt for mpt, llama in _module_names(config.num_hidden_layers).items()})
 
 
 def _multipliers(model: WeSaRMPTForCausalLM) -> dict[str, float]:
-    """Constants of the forward pass that a plain model has in its matrices, by the names of those."""
+    """Map a module name to the constant by which the forward pass multiplies its output, if there is one."""
     config = model.config
     assert isinstance(model.transformer.wte, ScaledEmbedding)
     multipliers = {"transformer.wte": model.transformer.wte.scale}
@@ -229,7 +229,7 @@ def _multipliers(model: WeSaRMPTForCausalLM) -> dict[str, float]:
 
 
 def _split(weights: Weights, config: Any) -> Weights:
-    """Give W_q, W_k and W_v, and a tied W_p, matrices of their own."""
+    """Split a fused W_qkv into W_q, W_k and W_v, and copy a tied W_e to W_p."""
     head_dim = config.head_dim or config.d_model // config.n_heads
     queries = config.n_heads * head_dim
     split = {}
@@ -247,12 +247,12 @@ def _split(weights: Weights, config: Any) -> Weights:
 
 @torch.no_grad()
 def merge(model: WeSaRMPTForCausalLM) -> MPTForCausalLM:
-    """Make foundry's plain MPT, which computes the same function: gates, embedding and residual scaling are merged.
+    """Make foundry's plain MPT with the same function: gates, embedding and residual scaling are merged into weights.
 
-    Embedding scaling unties W_e and W_p, since only W_e is multiplied.
+    Embedding scaling unties W_e and W_p, because it multiplies only W_e.
 
     Raises:
-        ValueError: If plain MPT cannot express the model; the message names the keys.
+        ValueError: Plain MPT cannot express the model; the message names the keys.
     """
     config = model.config
     _require(config, _AS_MPT, "plain MPT")
@@ -285,10 +285,10 @@ def merge(model: WeSaRMPTForCausalLM) -> MPTForCausalLM:
 
 
 def hf_config(config: WeSaRMPTConfig) -> LlamaConfig:
-    """The config of `to_hf`'s model, worked out without a weight.
+    """Return the config of `to_hf`'s model. It does not need the weights.
 
     Raises:
-        ValueError: If neither Arcee nor Llama can express the model; the message names the keys.
+        ValueError: Neither Arcee nor Llama can express the model; the message names the keys.
     """
     glu = config.ffn_config["ffn_type"] == "mptglu"
     target = "LlamaForCausalLM" if glu else "ArceeForCausalLM"
@@ -331,15 +331,15 @@ def to_hf(
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> LlamaForCausalLM:
-    """Make the same function as an `ArceeForCausalLM`, or as a `LlamaForCausalLM` for a GLU.
+    """Make an `ArceeForCausalLM`, or for a GLU a `LlamaForCausalLM`, with the same function.
 
     Args:
-        model: As it was trained.
-        tokenizer: With its special tokens generation begins and ends.
-        dtype: Of the result; it is merged in that of the model.
+        model: The model as it was trained.
+        tokenizer: Its BOS, EOS and pad token go into the config, for generation.
+        dtype: Type of the new weights. Gates are merged in the type of `model`.
 
     Raises:
-        ValueError: If neither can express the model; the message names the keys.
+        ValueError: Neither class can express the model; the message names the keys.
     """
     config = hf_config(model.config)
     if tokenizer is not None:
@@ -348,7 +348,7 @@ def to_hf(
     weights = _split(plain.state_dict(), plain.config)
     if plain.logit_scale is not None:
         weights["lm_head.weight"] = weights["lm_head.weight"] * plain.logit_scale
-    # Llama's scores are scaled by 1/√head_dim; foundry's default is (d_model/n_heads)^-½, also where those differ.
+    # Llama scales scores by 1/√head_dim. Foundry's default is 1/√(d_model/n_heads), even if head_dim is set.
     scale = plain.config.attn_config["softmax_scale"] or (plain.config.d_model / plain.config.n_heads) ** -0.5
     if not math.isclose(factor := scale * math.sqrt(config.head_dim), 1.0):
         weights = {name: weight * factor if ".Wq." in name else weight for name, weight in weights.items()}
@@ -361,18 +361,18 @@ def to_hf(
 
 @torch.no_grad()
 def to_gated(model: WeSaRMPTForCausalLM, method: str) -> WeSaRMPTForCausalLM:
-    r"""Make the same function with the layers of a method, to continue training with it.
+    r"""Make a model with the layers of a method and the same function, to continue training with the method.
 
-    Every actual weight gets the method's σ, :math:`W = \bar W/\alpha` with
-    :math:`\alpha = \lVert\bar W\rVert/(\sigma\sqrt n)` for a matrix of n entries: so :math:`\lVert W\rVert/\sqrt n`,
-    and with it the update ratio, is the same everywhere, as at the start of a training from scratch.
+    A virtual weight :math:`\bar W` of n entries becomes :math:`\alpha W` with
+    :math:`\alpha = \lVert\bar W\rVert/(\sigma\sqrt n)`, where σ is the method's. So every actual weight has the root
+    mean square :math:`\lVert W\rVert/\sqrt n = \sigma`, and all update ratios are alike, as in training from scratch.
 
     Args:
-        model: A plain model, or one of another method.
-        method: A name that `variables.method` knows.
+        model: A plain model, or a model of another method.
+        method: A value of `variables.method`.
 
     Raises:
-        ValueError: If the method is unknown or is never the same function as a plain model, or a matrix is 0 or not
+        ValueError: The method is unknown or cannot compute the function of a plain model, or a matrix is 0 or not
             finite.
     """
     options = OmegaConf.to_container(methods.load("method", method).model, resolve=True)
@@ -387,7 +387,7 @@ def to_gated(model: WeSaRMPTForCausalLM, method: str) -> WeSaRMPTForCausalLM:
     }
     config = WeSaRMPTConfig.from_dict(tree)  # type: ignore[arg-type]
     assert isinstance(config, WeSaRMPTConfig)
-    _require(config, _AS_MPT, f"the method {method} is no function of a plain model: that")
+    _require(config, _AS_MPT, f"the method {method} cannot start from a plain model, which")
     gated = WeSaRMPTForCausalLM(config)
     config.init_device = "cpu"
     modules, multipliers = dict(gated.named_modules()), _multipliers(gated)
@@ -400,13 +400,13 @@ def to_gated(model: WeSaRMPTForCausalLM, method: str) -> WeSaRMPTForCausalLM:
         if kind == "weight" and isinstance(module, Reparameterized):
             scale = weight.square().mean().sqrt().item() / config.init_config["sigma"]
             if not 0 < scale < math.inf:
-                raise ValueError(f"{name} has no scale to give to a gate: its root mean square is 0 or not finite.")
+                raise ValueError(f"{name} gives no value for its gate: its root mean square is 0 or not finite.")
             module.to_empty(device="cpu", recurse=False)
             module.weight.copy_(weight / scale)
             module.start_gate_(scale, "backbone")
+            # This adds an empty bias too. The real bias comes later in the loop, and replaces it.
             weights |= module.state_dict(prefix=f"{path}.")
         else:
             weights[name] = weight
-    # In this order a bias comes after its matrix, whose layer has an empty one.
     _fill(gated, weights)
     return gated

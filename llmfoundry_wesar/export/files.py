@@ -1,4 +1,4 @@
-"""From a training checkpoint to the files of a plain model, and back."""
+"""Export a training checkpoint to the files of a plain model, and turn a plain model into a gated checkpoint."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ from llmfoundry_wesar.export.folders import refuse_existing, whole
 from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM, arguments
 
 Format = Literal["hf", "gguf", "mpt"]
-# Values of `--dtype`, and what they mean; q8_0 is one of GGUF's own.
+# Value of `--dtype` → its long name. q8_0 exists only in GGUF.
 DTYPES = {name: name for name in ("float32", "bfloat16", "float16", "q8_0")} | {
     "f32": "float32",
     "bf16": "bfloat16",
@@ -43,8 +43,8 @@ def load(path: str | Path) -> tuple[WeSaRMPTForCausalLM, PreTrainedTokenizerBase
             `config.json` and the safetensors of an Arcee, Llama or MPT model.
 
     Raises:
-        FileNotFoundError: If there is neither.
-        ValueError: If it is damaged, needs code to be loaded, or is a model that MPT cannot express.
+        FileNotFoundError: There is no such checkpoint or model.
+        ValueError: The model is damaged, needs to run code, or cannot be expressed as an MPT.
     """
     checkpoint = _read(Path(path))
     return _build(path, checkpoint), checkpoint.tokenizer
@@ -60,8 +60,8 @@ def _build(path: str | Path, checkpoint: Checkpoint) -> WeSaRMPTForCausalLM:
         if config.get("model_type") in ("arcee", "llama"):
             config, weights = from_llama(config, weights)
         if config.get("model_type") != "mpt":
-            raise ValueError(f"the model is of type {config.get('model_type')}, and not arcee, llama or mpt.")
-        # The attention that needs neither a GPU nor another package, as in foundry's own exports.
+            raise ValueError(f"model_type: {config.get('model_type')} must be arcee, llama or mpt.")
+        # This attention needs neither a GPU nor another package; foundry's own exports set it too.
         attention = {**config["attn_config"], "attn_impl": "torch"}
         mpt_config = WeSaRMPTConfig.from_dict({**config, "attn_config": attention})
         assert isinstance(mpt_config, WeSaRMPTConfig)
@@ -77,7 +77,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"a {type(content).__name__} instead of an object")
-    except ValueError as error:  # also of JSON and of UTF-8
+    except ValueError as error:  # JSON and UTF-8 errors too
         raise ValueError(f"{file}: damaged ({error}).") from error
     return content
 
@@ -89,31 +89,31 @@ def _read_folder(path: Path) -> Checkpoint:
         try:
             tensors = load_file(file)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{file}: missing, though {_INDEX} names it.") from error
+            raise FileNotFoundError(f"{file}: missing, but {_INDEX} names it.") from error
         except (ValueError, SafetensorError) as error:
             raise ValueError(f"{file}: damaged ({error}).") from error
         if names is not None:
             if missing := names - tensors.keys():
-                raise ValueError(f"{file}: not the file that {_INDEX} means, since {min(missing)} is not in it.")
+                raise ValueError(f"{file}: does not have {min(missing)}, which {_INDEX} expects in it.")
             tensors = {name: tensors[name] for name in names}
         weights |= tensors
     return Checkpoint(config, weights, _read_tokenizer(path))
 
 
 def _weight_files(path: Path) -> dict[Path, set[str] | None]:
-    """Return the files that hold a model's weights, and what to take from each; None for everything."""
+    """Return the files of a model's weights. Each maps to the names to read from it; None means all."""
     whole_file, index = path / "model.safetensors", path / _INDEX
     others = sorted(path.glob("*.safetensors"))
     if not others and not index.is_file():
         raise FileNotFoundError(f"{path}: no .safetensors file; pickled weights are not read.")
     if index.is_file() and whole_file.is_file():
-        raise ValueError(f"{path}: both {whole_file.name} and {_INDEX}; remove the one that is not the model's.")
+        raise ValueError(f"{path}: has both {whole_file.name} and {_INDEX}; remove the wrong one.")
     if index.is_file():
         places = _read_json(index).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
             raise ValueError(f"{index}: damaged (no weight_map).")
         if outside := [file for file in places.values() if Path(file).name != file]:
-            raise ValueError(f"{index}: refused, since it names a file outside of its folder: {outside[0]}.")
+            raise ValueError(f"{index}: refused, because it names a file outside of its folder: {outside[0]}.")
         files: dict[Path, set[str] | None] = {
             path / file: {name for name, place in places.items() if place == file} for file in places.values()
         }
@@ -125,7 +125,7 @@ def _weight_files(path: Path) -> dict[Path, set[str] | None]:
         raise ValueError(f"{path}: {len(others)} .safetensors files, no {whole_file.name} and no {_INDEX}.")
     if ignored := [file.name for file in others if file not in files]:
         used = _INDEX if index.is_file() else whole_file.name
-        log.warning("%s: the weights are those of %s; not read: %s", path, used, ", ".join(ignored))
+        log.warning("%s: the weights are read from %s; ignored: %s", path, used, ", ".join(ignored))
     return files
 
 
@@ -135,15 +135,15 @@ def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
         return None
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises no other kind
+    except Exception as error:  # the package tokenizers raises plain Exceptions
         why = f"cannot be loaded ({str(error).splitlines()[0]})"
         if "trust_remote_code" in why:
             why = "needs code of its own, which is not run"
-        raise ValueError(f"{path}: its tokenizer {why}; replace it, or remove {file.name} to go without.") from error
+        raise ValueError(f"{path}: its tokenizer {why}; replace it, or remove {file.name} to use none.") from error
 
 
 def model_section(config: MPTConfig) -> dict[str, Any]:
-    """The `model` section of a training YAML that builds the model of a config."""
+    """Return the `model` section of a training YAML that builds the model of a config."""
     ours = isinstance(config, WeSaRMPTConfig)
     tree, defaults = config.to_dict(), {**type(config)().to_dict(), "attention_bias": not config.no_bias}
     keys = {*arguments(MPTConfig), *arguments(type(config))} - {"init_device"}
@@ -155,7 +155,7 @@ def model_section(config: MPTConfig) -> dict[str, Any]:
 
 
 def _save_composer(model: MPTForCausalLM, tokenizer: PreTrainedTokenizerBase | None, path: Path) -> None:
-    """Write what `load_path` with `load_weights_only: true` reads."""
+    """Write a checkpoint for `load_path` with `load_weights_only: true`."""
     composer = HuggingFaceModel(model, tokenizer=tokenizer, shift_labels=True)  # type: ignore[arg-type]
     state = {"model": composer.state_dict(), "integrations": {"huggingface": composer.get_metadata()}}
     torch.save({"state": state}, path)
@@ -164,28 +164,29 @@ def _save_composer(model: MPTForCausalLM, tokenizer: PreTrainedTokenizerBase | N
 def export(path: str | Path, out: str | Path, format: Format = "hf", dtype: str = "float32") -> str:
     """Write the plain model of a checkpoint to a new folder, with its tokenizer.
 
-    `hf` writes config, safetensors and generation config of an `ArceeForCausalLM`, or of a `LlamaForCausalLM` for a
-    GLU. `gguf` writes `model.gguf` for llama.cpp; see `llama_cpp`. Both write a model card, README.md. `mpt` writes
-    `checkpoint.pt`, for the stock trainer's `load_path` with `load_weights_only: true` (under FSDP also
-    `fsdp_config.state_dict_type: full`, since it is one file), and `model.yaml`, the `model` section
-    (`name: mpt_causal_lm`) that goes with it.
+    - `hf`: config, safetensors and generation config of an `ArceeForCausalLM`, or for a GLU of a `LlamaForCausalLM`,
+      and a model card, README.md.
+    - `gguf`: `model.gguf` for llama.cpp (see `llama_cpp`), and a model card.
+    - `mpt`: `checkpoint.pt` for the stock trainer's `load_path` with `load_weights_only: true` (under FSDP also set
+      `fsdp_config.state_dict_type: full`), and `model.yaml`, the `model` section for it (`name: mpt_causal_lm`).
 
     Args:
         path: As for `load`.
-        out: The folder; it appears whole or not at all.
+        out: The folder. If anything fails, it is not created.
         format: `hf`, `gguf` or `mpt`.
-        dtype: Of the weights: float32, bfloat16 or float16, and q8_0 for `gguf`; they are merged in float32.
+        dtype: Type of the written weights: float32, bfloat16 or float16, and q8_0 for `gguf`. Gates are merged in
+            float32.
 
     Returns:
-        What other programs make of the model, as lines of text; empty for `mpt`.
+        Which other programs load the model, as lines of text; empty for `mpt`.
 
     Raises:
-        FileExistsError: If `out` exists.
-        FileNotFoundError: If there is no checkpoint.
-        ValueError: If the checkpoint is damaged, the format cannot express the model, a weight is not finite in
-            `dtype`, or an option is unknown.
-        RuntimeError: If `gguf` is not installed.
-        OSError: If writing fails.
+        FileExistsError: `out` exists.
+        FileNotFoundError: There is no checkpoint.
+        ValueError: The checkpoint is damaged, the format cannot express the model, a weight is not finite in `dtype`,
+            or an option is unknown.
+        RuntimeError: The package gguf is not installed.
+        OSError: Writing fails.
     """
     _check_options(format, dtype)
     refuse_existing(out)
@@ -220,7 +221,7 @@ def _check_options(format: str, dtype: str) -> None:
         raise ValueError(f"--format {format}: not one of {', '.join(get_args(Format))}.")
     known = [name for name, meaning in DTYPES.items() if meaning != "q8_0" or format == "gguf"]
     if dtype not in known:
-        raise ValueError(f"--dtype {dtype}: not one of {', '.join(known)} (with --format {format}).")
+        raise ValueError(f"--dtype {dtype}: with --format {format} it must be one of {', '.join(known)}.")
     if format == "gguf" and find_spec("gguf") is None:
         raise RuntimeError("the package gguf is missing: pip install 'llmfoundry_wesar[gguf]'.")
 
@@ -246,18 +247,18 @@ def reparameterize(path: str | Path, out: str | Path, method: str = "wesar") -> 
 
     Args:
         path: As for `load`.
-        out: The file, for `load_path` with `load_weights_only: true`, and under FSDP `state_dict_type: full`; it
-            appears whole or not at all.
-        method: A name that `variables.method` knows.
+        out: The checkpoint, for `load_path` with `load_weights_only: true`; under FSDP also set
+            `fsdp_config.state_dict_type: full`. If anything fails, it is not created.
+        method: A value of `variables.method`.
 
     Returns:
-        The `model` section of a training YAML that goes with it.
+        The `model` section of the training YAML for this checkpoint.
 
     Raises:
-        FileExistsError: If `out` exists.
-        FileNotFoundError: If there is no model.
-        ValueError: If it is damaged, or the method is unknown or cannot start from it.
-        OSError: If writing fails.
+        FileExistsError: `out` exists.
+        FileNotFoundError: There is no model.
+        ValueError: The model is damaged, or the method is unknown or cannot start from it.
+        OSError: Writing fails.
     """
     refuse_existing(out)
     model, tokenizer = load(path)

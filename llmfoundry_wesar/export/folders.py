@@ -1,4 +1,4 @@
-"""Write a file or folder that is complete or absent."""
+"""Write a file or folder so that it is either complete or absent."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def refuse_existing(out: str | Path) -> None:
-    """Raise a FileExistsError if there is something at a path, a broken link included."""
+    """Raise a FileExistsError if a path exists, even as a broken link."""
     if os.path.lexists(out):
         raise FileExistsError(f"{out} exists; choose another name or remove it.")
 
@@ -24,16 +24,16 @@ def _names(folder: Path) -> set[str]:
 
 
 def _put_aside(out: Path, new: Path) -> Path | None:
-    """Make way for a new folder: rename what is at `out`.
+    """Rename what is at `out`, to make place for a new folder.
 
     Returns:
-        What to remove once the new folder is in its place; None if it has something that the new one has not, and that
-        somebody else has put there.
+        The renamed folder, to be removed when the new one is in place. None if it has files that the new one does not
+        have: they are somebody else's, and are kept.
     """
     if out.is_dir() and _names(out) <= _names(new):
         return out.rename(out.with_name(f".{out.name}.replaced-{os.getpid()}"))
     kept = next(path for n in count(1) if not os.path.lexists(path := out.with_name(f"{out.name}.{n}")))
-    log.warning("%s: has files that the new one has not; it is now %s", out, out.rename(kept))
+    log.warning("%s: has files that the new folder does not have; it is now %s", out, out.rename(kept))
     return None
 
 
@@ -45,12 +45,12 @@ def _remove(path: Path) -> None:
 
 
 def _is_running(pid: int) -> bool:
-    """Tell whether another process has a number; containers begin with the same numbers again and again."""
+    """Tell whether another process has this id. Ids repeat in containers, so our own id may be a dead process's."""
     return pid != os.getpid() and psutil.pid_exists(pid)
 
 
 def _partial(out: Path) -> Path:
-    """Return where this process writes `out`, and remove what killed processes left of it."""
+    """Return the temporary path of `out` for this process, and remove those of processes that were killed."""
     prefix = f".{out.name}.partial-"
     for leftover in out.parent.iterdir():
         pid = leftover.name.removeprefix(prefix)
@@ -60,7 +60,7 @@ def _partial(out: Path) -> Path:
 
 
 def _share(folder: Path) -> None:
-    """Give the files of a folder the modes that the umask gave the folder; safetensors makes its files private."""
+    """Give all files the read and write permissions of their folder, because safetensors makes its files private."""
     mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file():
@@ -69,19 +69,20 @@ def _share(folder: Path) -> None:
 
 @contextmanager
 def whole(out: str | Path, replace: bool = False) -> Iterator[Path]:
-    """Yield a path to write a file or folder to; it becomes `out` at the end, and is gone if anything fails.
+    """Yield a temporary path for a file or folder. At the end rename it to `out`; if anything fails, remove it.
 
-    A process that is killed leaves its partial output, `.OUT.partial-PID`. The next one that writes `out` removes it.
+    A process that is killed leaves its partial output, `.OUT.partial-PID`. The next process that writes `out`
+    removes it.
 
     Args:
         out: The file or folder.
-        replace: Whether a folder that is there is replaced. It is removed when the new one is complete, and if every
-            file in it has a namesake in the new one; otherwise it is renamed, and stays.
+        replace: Whether to replace an existing folder when the new one is complete. If the old folder has files that
+            the new one does not have, it is renamed and kept, else removed.
 
     Raises:
-        FileExistsError: If `out` exists.
-        ValueError: As the body raises it, for what cannot be written.
-        OSError: If writing fails in any other way.
+        FileExistsError: `out` exists and `replace` is false.
+        ValueError: From the body, for something that cannot be written.
+        OSError: Writing fails for any other reason.
     """
     out = Path(out)
     if not replace:
@@ -100,7 +101,7 @@ def whole(out: str | Path, replace: bool = False) -> Iterator[Path]:
     except (ValueError, FileExistsError):
         raise
     except Exception as error:
-        # A full disk is an OSError here, a RuntimeError in torch and a plain Exception in tokenizers.
-        raise OSError(f"{out}: writing failed, and nothing of it is left ({str(error).splitlines()[0]}).") from error
+        # A full disk raises an OSError here, a RuntimeError in torch and a plain Exception in tokenizers.
+        raise OSError(f"{out}: writing failed, and no part is left ({str(error).splitlines()[0]}).") from error
     finally:
         _remove(partial)

@@ -1,6 +1,6 @@
-"""Write a plain model as a GGUF file, which llama.cpp and what is built on it (Ollama, LM Studio) load.
+"""Write a plain model as a GGUF file for llama.cpp and programs built on it (Ollama, LM Studio).
 
-Which of llama.cpp's architectures computes the model's function, if any:
+llama.cpp has no Arcee that computes GELU, so the weights are rewritten for an architecture that it has:
 
 | feed-forward layer | architecture | how |
 |---|---|---|
@@ -8,7 +8,7 @@ Which of llama.cpp's architectures computes the model's function, if any:
 | ungated quick_gelu, silu | `llama` | with a constant gate (`rewriting.constant_gate`) |
 | ungated gelu, exact or tanh | `starcoder2` | with RMSNorm as LayerNorm (`rewriting.starcoder2`) |
 
-llama.cpp takes GELU's tanh form from a table in float16; against the exact form logits move by some 4e-5.
+llama.cpp computes GELU's tanh form from a table in float16. Compared with exact GELU, logits differ by about 4e-5.
 """
 
 import json
@@ -27,7 +27,7 @@ from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 from llmfoundry_wesar.export.conversion import is_arcee, require_finite
 from llmfoundry_wesar.export.rewriting import Heads, constant_gate, neighbouring_pairs, starcoder2
 
-# How the matrices are stored, by `--dtype`. Norms and biases stay in float32, as llama.cpp's own converter keeps them.
+# `--dtype` → type of the matrices. Norms and biases stay in float32, as in llama.cpp's own converter.
 _TYPES = {
     "float32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
     "float16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
@@ -40,10 +40,10 @@ Rewritten = Iterator[tuple[str, Tensor]]
 
 
 def architecture(config: LlamaConfig) -> str:
-    """Return the name of llama.cpp's architecture that computes what an Arcee or Llama model does.
+    """Return the name of llama.cpp's architecture for an Arcee or Llama model.
 
     Raises:
-        ValueError: If there is none; the message names the key.
+        ValueError: There is none; the message names the key.
     """
     if config.hidden_act in (_SLOPES if is_arcee(config) else ("silu",)):
         return "llama"
@@ -61,7 +61,7 @@ def _heads(config: LlamaConfig) -> Heads:
 
 
 def _stream(config: LlamaConfig) -> tuple[int, Heads]:
-    """Return the width of the residual stream, and the heads, of what is written."""
+    """Return the width of the residual stream and the heads of the rewritten model."""
     if architecture(config) == "llama":
         return config.hidden_size, _heads(config)
     heads = _heads(config).widened(config.hidden_size)
@@ -69,7 +69,7 @@ def _stream(config: LlamaConfig) -> tuple[int, Heads]:
 
 
 def rewrite(weights: Mapping[str, Tensor], config: LlamaConfig) -> Rewritten:
-    """Yield name and tensor, in float64, of what `architecture(config)` computes with; names are transformers'."""
+    """Yield name and tensor of the weights for `architecture(config)`, in float64 and with transformers' names."""
     if architecture(config) == "starcoder2":
         yield from starcoder2(weights, _heads(config))
         return
@@ -83,7 +83,7 @@ def rewrite(weights: Mapping[str, Tensor], config: LlamaConfig) -> Rewritten:
 
 
 def check(config: LlamaConfig, tokenizer: PreTrainedTokenizerBase | None, dtype: str) -> None:
-    """Refuse what cannot be written, before a weight is touched; see `write_gguf`."""
+    """Refuse a model, tokenizer or dtype that cannot be written, before any weight is computed; see `write_gguf`."""
     architecture(config)
     _check_tokenizer(tokenizer, config.vocab_size)
     width, heads = _stream(config)
@@ -95,15 +95,15 @@ def check(config: LlamaConfig, tokenizer: PreTrainedTokenizerBase | None, dtype:
     ):
         if row % block:
             raise ValueError(
-                f"--dtype {dtype}: rows of {what} have {row} entries, no multiple of {block}; use another --dtype."
+                f"--dtype {dtype}: rows of {what} have {row} entries, not a multiple of {block}; use another --dtype."
             )
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> None:
-    """Refuse a tokenizer that llama.cpp's byte-level BPE would not follow.
+    """Refuse a tokenizer that llama.cpp's byte-level BPE cannot reproduce.
 
     Raises:
-        ValueError: The message names what it has.
+        ValueError: The message names the key of the tokenizer.
     """
     hint = "; export with --format hf, or train with a tokenizer of `llmfoundry-wesar data`."
     if tokenizer is None:
@@ -133,13 +133,14 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int)
             raise ValueError(f"--format gguf cannot express the tokenizer's {key}: {json.dumps(value)}{hint}")
     if max(tokenizer.get_vocab().values()) >= vocab_size:
         raise ValueError(
-            f"--format gguf: the tokenizer has {len(tokenizer)} tokens, the model {vocab_size} (model.vocab_size)."
+            f"--format gguf: the tokenizer has {len(tokenizer)} tokens, but the model only {vocab_size} "
+            "(model.vocab_size)."
         )
     _added(tokenizer)
 
 
 def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
-    """Tell whether a tokenizer puts a BOS in front of a text, and an EOS after it."""
+    """Tell whether a tokenizer adds a BOS before a text, and an EOS after it."""
     text = tokenizer("a", add_special_tokens=False).input_ids
     ids = tokenizer("a").input_ids
     for bos in (False, True):
@@ -154,7 +155,7 @@ def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast
     added = tokenizer.added_tokens_decoder
     tokens, types = [], []
     for index in range(vocab_size):
-        # Rows of the embedding that no token has are padding.
+        # Rows of the embedding without a token are padding.
         tokens.append(vocabulary.get(index, f"[PAD{index}]"))
         if index not in vocabulary:
             types.append(gguf.TokenType.UNUSED)
@@ -170,7 +171,7 @@ def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast
     writer.add_token_types(types)
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     ids: dict[str, Any] = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-    # Without an entry llama.cpp takes token 11 for the BOS and EOS, as GPT-2's first conversions had it.
+    # If these ids are missing, llama.cpp uses token 11 as BOS and EOS.
     writer.add_bos_token_id(ids["eos"] if ids["bos"] is None else ids["bos"])
     writer.add_eos_token_id(ids["eos"])
     if ids["pad"] is not None:
@@ -201,7 +202,7 @@ def _write_config(writer: gguf.GGUFWriter, config: LlamaConfig) -> None:
 
 
 def _stored(weight: Tensor, dtype: str) -> gguf.GGMLQuantizationType:
-    """Return the type in which a tensor is stored."""
+    """Return the GGUF type of a tensor."""
     return gguf.GGMLQuantizationType.F32 if weight.ndim == 1 else _TYPES[dtype][0]
 
 
@@ -221,18 +222,18 @@ def write_gguf(
     dtype: str = "float32",
     name: str = "",
 ) -> None:
-    """Write an Arcee or Llama model as a GGUF file, one tensor at a time, so that no second copy is held.
+    """Write an Arcee or Llama model as a GGUF file, one tensor at a time, so that memory holds no second copy.
 
     Args:
-        model: In float32, such as `conversion.to_hf` makes it.
-        tokenizer: A byte-level BPE, as `llmfoundry-wesar data` makes it.
-        file: To be written.
-        dtype: Of the matrices: float32, float16, bfloat16 or q8_0; they are rewritten in float64.
-        name: To be shown by those who load it.
+        model: The model in float32, as from `conversion.to_hf`.
+        tokenizer: A byte-level BPE tokenizer, as from `llmfoundry-wesar data`.
+        file: The file to write.
+        dtype: Type of the matrices: float32, float16, bfloat16 or q8_0. They are rewritten in float64.
+        name: Name of the model, which programs show.
 
     Raises:
-        ValueError: If llama.cpp cannot express model or tokenizer, or a weight is not finite in `dtype`.
-        OSError: If writing fails.
+        ValueError: llama.cpp cannot express model or tokenizer, or a weight is not finite in `dtype`.
+        OSError: Writing fails.
     """
     config = model.config
     assert isinstance(config, LlamaConfig)
@@ -249,7 +250,7 @@ def write_gguf(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _write_config(writer, config)
     _write_tokenizer(writer, tokenizer, config.vocab_size)
-    # The file begins with the shapes of all tensors. Tensors without data have them at once.
+    # The file begins with the shapes of all tensors. Tensors on the meta device give them without computing.
     shapes = {key: weight.to("meta") for key, weight in model.state_dict().items()}
     for key, weight in rewrite(shapes, config):
         kind = _stored(weight, dtype)

@@ -1,27 +1,27 @@
-r"""Rewrite the weights of a model for an architecture that llama.cpp has. Pure functions of tensors, exact in float64.
+r"""Rewrite the weights of a model for an architecture of llama.cpp that computes the same function, in float64.
 
-**RMSNorm as LayerNorm.** LayerNorm subtracts the mean over channels; where that is 0 it is RMSNorm. So the residual
-stream of width :math:`d` is embedded into a wider one, :math:`D > d`, in which every vector has the mean 0: it is
-padded with zeros and turned by an orthogonal matrix :math:`R` that takes the first channel of the padding to
-:math:`u = (1, \dots, 1)/\sqrt D`. The mean of the turned vector is then that channel, which is 0, over
-:math:`\sqrt D`. With :math:`E`, the first :math:`d` columns of :math:`R`, and
+**RMSNorm as LayerNorm.** LayerNorm subtracts the mean over channels. If the mean is 0, LayerNorm equals RMSNorm. So
+the residual stream of width :math:`d` is embedded into a wider stream, :math:`D > d`, in which every vector has the
+mean 0. To do so, pad a vector with zeros and multiply it by an orthogonal matrix :math:`R` that maps the first unit
+vector of the padding to :math:`u = (1, \dots, 1)/\sqrt D`. The mean of the result is this channel's value, 0, divided
+by :math:`\sqrt D`. With :math:`E`, the first :math:`d` columns of :math:`R`, and
 :math:`\varepsilon' = \varepsilon d/D`,
 
 .. math:: \mathrm{RMSNorm}_\varepsilon(x) = \sqrt{d/D}\; E^\top\, \mathrm{LayerNorm}_{\varepsilon'}(E x).
 
-A matrix W that writes to the stream becomes :math:`EW`; one that reads a norm with the weight g becomes
-:math:`\sqrt{d/D}\; W \mathrm{diag}(g) E^\top`, and the norm's own weight becomes 1. Starcoder2's heads fill its
-stream, so that D is the head width times a number of heads, of which the new ones are zeros.
+A matrix W that writes to the stream becomes :math:`EW`. A matrix W that reads a norm with the weight g becomes
+:math:`\sqrt{d/D}\; W \mathrm{diag}(g) E^\top`, and the norm's weight becomes 1. In Starcoder2 the width of the stream
+is the number of heads times their width, so D is such a product; the new heads are zeros.
 
-**A gate that is constantly 1.** With :math:`\mathrm{act}(x) = x\,\sigma(cx) = \mathrm{silu}(cx)/c`, which is quick_gelu
-for c = 1.702 and silu for c = 1, the ungated layer :math:`W_d\,\mathrm{act}(W_u x)` is Llama's gated one,
-:math:`W_\mathrm{down}(\mathrm{silu}(W_\mathrm{gate} x) \odot (W_\mathrm{up} x + b_\mathrm{up}))`, with
+**A gate that is constantly 1.** Let :math:`\mathrm{act}(x) = x\,\sigma(cx) = \mathrm{silu}(cx)/c`; it is quick_gelu
+for c = 1.702 and silu for c = 1. Then the ungated layer :math:`W_d\,\mathrm{act}(W_u x)` equals Llama's gated layer
+:math:`W_\mathrm{down}(\mathrm{silu}(W_\mathrm{gate} x) \odot (W_\mathrm{up} x + b_\mathrm{up}))` with
 :math:`W_\mathrm{gate} = c W_u,\; W_\mathrm{up} = 0,\; b_\mathrm{up} = 1,\; W_\mathrm{down} = W_d/c`.
 
-**Rotary embedding of neighbours.** Transformers rotates channel i of a head with channel i + w/2, llama.cpp's `llama`
-channel 2i with 2i + 1.
+**Rotary embedding.** transformers rotates channel i of a head together with channel i + w/2; llama.cpp's `llama`
+rotates channel 2i together with 2i + 1.
 
-Shapes: d width of the stream, D of the wider one, w of a head, f of the feed-forward layer; H query heads in K groups.
+Shapes: d width of the stream, D of the wider stream, w width of a head; H query heads in K groups.
 """
 
 import math
@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# What each matrix of a block, and the output projection, reads; the others write to the stream.
+# The norm that a matrix of a block reads. The other matrices of a block write to the stream.
 _NORM_OF = {
     "q_proj": "input_layernorm",
     "k_proj": "input_layernorm",
@@ -42,14 +42,14 @@ _NORM_OF = {
 
 @dataclass(frozen=True)
 class Heads:
-    """Attention heads: `queries` of them in `groups` that share a key and a value, each of `width` channels."""
+    """Attention heads: `queries` query heads, in `groups` that share a key and a value, with `width` channels each."""
 
     queries: int
     groups: int
     width: int
 
     def widened(self, d: int) -> "Heads":
-        """Add the fewest heads with which all of them have more than d channels; the fewest groups among those."""
+        """Add the fewest heads so that all heads together have more than d channels; prefer fewer groups."""
         needed, each = d // self.width + 1, self.queries // self.groups
         counts = [
             (groups * max(each, math.ceil(needed / groups)), groups)
@@ -59,16 +59,16 @@ class Heads:
 
 
 def embed(matrix: Tensor, width: int) -> Tensor:
-    r"""Multiply by E: turn the columns of a matrix, vectors of the stream, into those of a wider stream.
+    r"""Multiply a matrix by E: its columns, vectors of the stream, become vectors of the wider stream.
 
-    R is Householder's reflection :math:`I - 2vv^\top` with v along :math:`e_d - u`, so that E needs no memory.
+    R is Householder's reflection :math:`I - 2vv^\top` with v along :math:`e_d - u`, so E is never stored.
 
     Args:
         matrix: (d, …).
         width: D > d.
 
     Returns:
-        (D, …), with the mean 0 in every column.
+        (D, …); every column has the mean 0.
     """
     d = matrix.size(0)
     padded = torch.cat([matrix, matrix.new_zeros(width - d, *matrix.shape[1:])])
@@ -80,11 +80,11 @@ def embed(matrix: Tensor, width: int) -> Tensor:
 
 
 def reader(matrix: Tensor, gain: Tensor, width: int) -> Tensor:
-    r"""Make a matrix that reads RMSNorm(x)·gain read LayerNorm(Ex): :math:`\sqrt{d/D}\; W \mathrm{diag}(g) E^\top`.
+    r"""Rewrite a matrix that reads RMSNorm(x)·g to read LayerNorm(Ex): :math:`\sqrt{d/D}\; W \mathrm{diag}(g) E^\top`.
 
     Args:
         matrix: (n, d).
-        gain: (d,), the weight of the norm.
+        gain: (d,), the weight g of the norm.
         width: D > d.
 
     Returns:
@@ -94,13 +94,13 @@ def reader(matrix: Tensor, gain: Tensor, width: int) -> Tensor:
 
 
 def pad_heads(tensor: Tensor, heads: Heads, wider: Heads, groups_only: bool = False) -> Tensor:
-    """Give the leading dimension, which holds heads group by group, the zeros of the heads that are added.
+    """Pad the first dimension, which holds the heads group by group, with zeros for the new heads.
 
     Args:
         tensor: (H·w, …), or (K·w, …) with `groups_only`.
-        heads: The heads that it has.
-        wider: Those that it is to have.
-        groups_only: Whether it has one head a group: keys and values.
+        heads: The present heads.
+        wider: The heads after padding.
+        groups_only: Whether there is one head for each group, as for keys and values.
     """
     each, wider_each = (1, 1) if groups_only else (h.queries // h.groups for h in (heads, wider))
     padded = tensor.new_zeros(wider.groups, wider_each, heads.width, *tensor.shape[1:])
@@ -109,15 +109,15 @@ def pad_heads(tensor: Tensor, heads: Heads, wider: Heads, groups_only: bool = Fa
 
 
 def starcoder2(weights: Mapping[str, Tensor], heads: Heads) -> Iterator[tuple[str, Tensor]]:
-    """Rewrite an Arcee model with GELU as a Starcoder2 with the heads `heads.widened(d)` and the norms' ε·d/D.
+    """Rewrite an Arcee model with GELU as a Starcoder2 with the heads `heads.widened(d)` and ε·d/D in the norms.
 
     Args:
-        weights: By Arcee's names, in any floating-point type or on the meta device.
-        heads: Arcee's.
+        weights: Weights by Arcee's names, in any floating-point type or on the meta device.
+        heads: Arcee's heads.
 
     Yields:
-        Name and tensor in float64, one at a time. Arcee's names, and a `.bias` for every norm and every matrix of a
-        block: llama.cpp wants them all.
+        Name and tensor in float64, one at a time. The names are Arcee's. Every norm and every matrix of a block also
+        has a `.bias`, because llama.cpp requires it.
     """
     d = weights["model.norm.weight"].numel()
     wider = heads.widened(d)
@@ -151,14 +151,14 @@ def starcoder2(weights: Mapping[str, Tensor], heads: Heads) -> Iterator[tuple[st
 
 
 def constant_gate(weights: Mapping[str, Tensor], slope: float) -> Iterator[tuple[str, Tensor]]:
-    """Rewrite an Arcee model with the activation x·σ(cx) as a Llama whose gates are constantly 1.
+    """Rewrite an Arcee model with the activation x·σ(cx) as a Llama with a constant factor in its feed-forward layer.
 
     Args:
-        weights: By Arcee's names, in any floating-point type or on the meta device.
+        weights: Weights by Arcee's names, in any floating-point type or on the meta device.
         slope: c.
 
     Yields:
-        Name and tensor in float64, one at a time, by Llama's names, with a bias for `up_proj`.
+        Name and tensor in float64, one at a time. The names are Llama's; `up_proj` has a bias.
     """
     for name, weight in weights.items():
         weight = weight.double()
@@ -174,10 +174,10 @@ def constant_gate(weights: Mapping[str, Tensor], slope: float) -> Iterator[tuple
 
 
 def neighbouring_pairs(tensor: Tensor, n_heads: int) -> Tensor:
-    """Order the channels of every head so that those which are rotated together are neighbours.
+    """Reorder the channels of every head so that two channels which are rotated together are neighbours.
 
     Args:
-        tensor: Weight or bias of W_q or W_k, (n_heads·w, …), as transformers has it.
-        n_heads: Its heads.
+        tensor: Weight or bias of W_q or W_k, (n_heads·w, …), in transformers' order.
+        n_heads: Number of heads in `tensor`.
     """
     return tensor.view(n_heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).flatten(0, 2)

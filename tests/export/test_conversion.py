@@ -162,7 +162,7 @@ def test_what_mpt_has_not_is_refused_by_name(key, value, trained):
 def test_a_matrix_without_a_scale_gets_no_gate(value, trained):
     model, _ = load(trained["small_init"].folder)
     model.transformer.blocks[1].ffn.up_proj.weight.fill_(value)
-    with pytest.raises(ValueError, match=r"transformer\.blocks\.1\.ffn\.up_proj\.weight has no scale"):
+    with pytest.raises(ValueError, match=r"transformer\.blocks\.1\.ffn\.up_proj\.weight gives no value for its gate"):
         to_gated(model, "wesar")
 
 

@@ -208,7 +208,7 @@ def test_what_cannot_be_read_or_expressed_leaves_nothing(command, trained, expor
         pickled: "no .safetensors file; pickled weights are not read",
         partial: "weights are missing, such as transformer.blocks.2",
         coded: "its tokenizer needs code of its own, which is not run; replace it, or remove tokenizer_config.json",
-        foreign: "the model is of type gpt2, and not arcee, llama or mpt",
+        foreign: "model_type: gpt2 must be arcee, llama or mpt",
         trained[inexpressible].folder: f"cannot express model.{INEXPRESSIBLE[inexpressible]}",
         tmp_path / "nothing": "no such file or folder",
     }.items():
@@ -231,7 +231,7 @@ def _full_disk(size: int):
 def test_a_full_disk_leaves_nothing(command, trained, tmp_path):
     """The disk is full in the middle of the weights, after smaller files were written."""
     with _full_disk(20_000):
-        assert "writing failed, and nothing of it is left" in _run(*command, trained["wesar"].folder, tmp_path / "out")
+        assert "writing failed, and no part is left" in _run(*command, trained["wesar"].folder, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -245,7 +245,7 @@ def test_unknown_options_are_named(trained, tmp_path):
     assert "--format onnx: not one of hf, gguf, mpt" in _run(
         "export", trained["wesar"].folder, tmp_path / "out", "--format", "onnx"
     )
-    assert "--dtype q8_0: not one of float32, bfloat16, float16" in _run(
+    assert "--dtype q8_0: with --format hf it must be one of float32, bfloat16, float16" in _run(
         "export", trained["wesar"].folder, tmp_path / "out", "--dtype", "q8_0"
     )
     assert "--dtype int8" in _run("export", trained["wesar"].folder, tmp_path / "out", "--dtype", "int8")
@@ -278,10 +278,10 @@ def test_a_folder_in_several_files_is_read_by_its_index(exported, trained, tmp_p
     stale = {name: torch.zeros_like(w) for name, w in load_file(exported["wesar"] / "model.safetensors").items()}
     save_file(stale, folder / "z-stale.safetensors")
     assert_same_logits(logits(load(folder)[0], trained["wesar"].ids), trained["wesar"].logits, FLOAT32)
-    assert "not read: z-stale.safetensors" in caplog.text
+    assert "ignored: z-stale.safetensors" in caplog.text
     shutil.copy(folder / "z-stale.safetensors", copied := shutil.copytree(exported["wesar"], tmp_path / "copied"))
     assert_same_logits(logits(load(copied)[0], trained["wesar"].ids), trained["wesar"].logits, FLOAT32)
-    assert "the weights are those of model.safetensors; not read: z-stale.safetensors" in caplog.text
+    assert "the weights are read from model.safetensors; ignored: z-stale.safetensors" in caplog.text
 
 
 def test_an_index_that_does_not_fit_its_files_is_refused(exported, tmp_path):
@@ -292,8 +292,8 @@ def test_an_index_that_does_not_fit_its_files_is_refused(exported, tmp_path):
     shutil.copy(folder / first, tmp_path / "outside.safetensors")
     name = next(name for name, file in content["weight_map"].items() if file == first)
     for change, words in {
-        (name, second): rf"{second}: not the file that .*index\.json means, since {name} is not in it",
-        (name, "../outside.safetensors"): r"refused, since it names a file outside of its folder: \.\./outside",
+        (name, second): rf"{second}: does not have {name}, which .*index\.json expects in it",
+        (name, "../outside.safetensors"): r"refused, because it names a file outside of its folder: \.\./outside",
     }.items():
         index.write_text(json.dumps({"weight_map": {**content["weight_map"], change[0]: change[1]}}))
         with pytest.raises(ValueError, match=words):
@@ -303,11 +303,11 @@ def test_an_index_that_does_not_fit_its_files_is_refused(exported, tmp_path):
         load(folder)
     index.write_text(json.dumps(content))
     (folder / first).unlink()
-    with pytest.raises(FileNotFoundError, match=rf"{first}: missing, though model\.safetensors\.index\.json names it"):
+    with pytest.raises(FileNotFoundError, match=rf"{first}: missing, but model\.safetensors\.index\.json names it"):
         load(folder)
     shutil.copy(exported["wesar"] / "model.safetensors", folder)
     with pytest.raises(
-        ValueError, match=r"both model\.safetensors and model\.safetensors\.index\.json; remove the one"
+        ValueError, match=r"both model\.safetensors and model\.safetensors\.index\.json; remove the wrong one"
     ):
         load(folder)
 
@@ -316,7 +316,7 @@ def test_an_index_that_does_not_fit_its_files_is_refused(exported, tmp_path):
 @pytest.mark.parametrize(
     "value, dtype, words",
     [
-        (float("nan"), "float32", "is not finite, since the run has diverged; use an earlier checkpoint"),
+        (float("nan"), "float32", "is not finite, because the run has diverged; use an earlier checkpoint"),
         (float("inf"), "float32", "is not finite"),
         (1e5, "float16", "has a value that is too large for f"),
     ],
@@ -364,9 +364,9 @@ def test_a_folder_has_what_its_users_expect(format, files, trained, tmp_path):
 @pytest.mark.parametrize(
     "case, format, lines",
     [
-        ("wesar", "hf", {"llama.cpp": "WRONG without a word", "CTranslate2": "refuses it", "vLLM": "--model-impl"}),
+        ("wesar", "hf", {"llama.cpp": "WRONG, without an error", "CTranslate2": "refuses it", "vLLM": "--model-impl"}),
         ("biases", "hf", {"llama.cpp": "refuse it; use --format gguf"}),
-        ("glu", "hf", {"transformers, vLLM, CTranslate2": "load it natively", "llama.cpp": "compute it rightly"}),
+        ("glu", "hf", {"transformers, vLLM, CTranslate2": "load it natively", "llama.cpp": "compute it correctly"}),
         ("wesar", "gguf", {"llama.cpp": "load the .gguf file as it is"}),
     ],
 )

@@ -84,7 +84,7 @@ def test_a_folder_with_a_file_of_somebody_else_stays_under_another_name(tmp_path
         (tmp_path / "out" / "notes").write_text("mine")
         _write(tmp_path / "out", "weights")
         kept = tmp_path / f"out.{n}"
-        assert f"out: has files that the new one has not; it is now {kept}" in caplog.text
+        assert f"out: has files that the new folder does not have; it is now {kept}" in caplog.text
         assert (kept / "notes").read_text() == "mine" and (kept / "weights").read_text() == "old"
     assert (tmp_path / "out" / "weights").read_text() == "new"
 

@@ -273,7 +273,7 @@ def test_other_tokenizers_are_refused_by_name(tokenizer, dataset, trained):
     with pytest.raises(ValueError, match=r"tokenizer's eos_token: null"):
         check(config, _changed(tokenizer, {}, eos_token=None), "float32")
     tokenizer.add_tokens(["<new>"])
-    with pytest.raises(ValueError, match=r"the tokenizer has 301 tokens, the model 300 \(model\.vocab_size\)"):
+    with pytest.raises(ValueError, match=r"the tokenizer has 301 tokens, but the model only 300 \(model\.vocab_size\)"):
         check(config, tokenizer, "float32")
 
 
@@ -295,6 +295,6 @@ def test_a_feed_forward_layer_that_llama_cpp_has_not_is_refused_by_name(feed_for
 
 def test_rows_that_q8_0_cannot_divide_are_refused(trained: dict[str, Trained], tmp_path):
     """The matrix has 5 heads of 8 channels, and the blocks of q8_0 have 32."""
-    with pytest.raises(ValueError, match=r"--dtype q8_0: rows of .* have 40 entries, no multiple of 32"):
+    with pytest.raises(ValueError, match=r"--dtype q8_0: rows of .* have 40 entries, not a multiple of 32"):
         export(trained["wesar"].folder, tmp_path / "out", "gguf", "q8_0")
     assert not list(tmp_path.iterdir())
