@@ -34,10 +34,10 @@ def flash_or_stock_attention(
     attn_logit_softcapping: float | None = None,
     sliding_window_size: int = -1,
 ) -> tuple[Tensor, Tensor | None, KeyValue | None]:
-    """Foundry's `torch` attention function, computed by a fused kernel wherever one computes the same thing.
+    """Compute foundry's `torch` attention, by a fused kernel if that gives the same result.
 
-    Each call decides by its own arguments. A mask, a bias (ALiBi, sequence ids), a filled cache, soft-capping, a window
-    or a request for the weights goes to the stock function, which takes the same arguments.
+    A call with a mask, a bias (ALiBi, sequence ids), a filled cache, soft-capping, a window or a request for the
+    weights uses foundry's function.
 
     Args:
         query: (B, S, H·D).
@@ -50,8 +50,8 @@ def flash_or_stock_attention(
         attn_bias: Added to the scores.
         key_padding_mask: (B, S), False for padding.
         is_causal: Whether a token sees no later ones.
-        dropout_p: Probability of dropping a weight, in training. On CPU no kernel drops without the S×S matrix.
-        training: Whether to drop.
+        dropout_p: Probability of dropping a weight, in training. On a CPU this needs the S×S matrix.
+        training: Whether to apply dropout.
         needs_weights: Whether to return the weights.
         attn_logit_softcapping: Bound on the scores.
         sliding_window_size: Tokens to either side that a token sees; -1 for all.
@@ -66,7 +66,7 @@ def flash_or_stock_attention(
         and not needs_weights
         and attn_logit_softcapping is None
         and sliding_window_size == -1
-        # The kernels align a causal mask with the first key, foundry with the last.
+        # The kernels align a causal mask with the first key, foundry aligns it with the last.
         and query.size(1) == key.size(1)
     )
     if not fused:
@@ -91,7 +91,7 @@ def flash_or_stock_attention(
     k = key.unflatten(-1, (kv_n_heads, -1))
     v = value.unflatten(-1, (kv_n_heads, -1))
     present = None if past_key_value is None else (k.permute(0, 2, 3, 1), v.transpose(1, 2))
-    # `enable_gqa` would repeat the heads too, but not every kernel takes it, and on CPU none that avoids S×S.
+    # `enable_gqa` would repeat the heads too, but some kernels do not support it: on a CPU none that avoids S×S.
     repeats = n_heads // kv_n_heads
     output = F.scaled_dot_product_attention(
         q.transpose(1, 2),
@@ -118,7 +118,7 @@ class SDPAttention(GroupedQueryAttention):
         d_model: Width of the model.
         n_heads: H.
         kv_n_heads: G; H if None.
-        attn_impl: `torch`, which fixes the layout of masks and caches.
+        attn_impl: Must be `torch`, which determines the layout of masks and caches.
         **kwargs: As for `GroupedQueryAttention`.
 
     Raises:
@@ -130,18 +130,17 @@ class SDPAttention(GroupedQueryAttention):
     ):
         if attn_impl != "torch":
             raise ValueError(
-                f"model.attn_config.attn_impl: {attn_impl} does not go with attn_type: sdpa_attention; set it to torch."
+                f"model.attn_config.attn_impl: {attn_impl} does not work with attn_type: sdpa_attention; use torch."
             )
         super().__init__(d_model, n_heads, n_heads if kv_n_heads is None else kv_n_heads, attn_impl=attn_impl, **kwargs)
         self.attn_fn = flash_or_stock_attention
 
 
 def drop_full_mask(batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """A batch without its `attention_mask`, if the mask is known to be all ones; else the batch itself.
+    """Return the batch without its `attention_mask` if all tokens are unmasked, else the batch itself.
 
-    Known on the host, and without a look at the mask, which by then is on the device: foundry's collators count each
-    row's unmasked tokens (`total_tokens`, ints that are split into microbatches along with the rows). A batch without
-    that count, as in-context evaluation makes it, keeps its mask.
+    This does not read the mask, which is on the device: foundry's collators put the number of unmasked tokens of each
+    row into the batch (`total_tokens`). A batch without that number keeps its mask.
 
     Args:
         batch: As the trainer hands it to the model's forward.

@@ -1,4 +1,4 @@
-"""The `llmfoundry-wesar` command: one subcommand a tool, each a thin call into its module."""
+"""The `llmfoundry-wesar` command. Each subcommand calls one function of the package."""
 
 import json
 import warnings
@@ -10,16 +10,16 @@ from typing import Annotated
 from typer import Argument, Exit, Option, Typer, echo
 
 app = Typer(
-    help="Prepare data for, look into and draw llm-foundry runs with WeSaR.",
+    help="Tools for llm-foundry runs with WeSaR: data, inspection, comparison, plots, export and evaluation.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
-    rich_markup_mode=None,  # it would take [@SPLIT] for markup, and drop it
+    rich_markup_mode=None,  # rich would take [@SPLIT] for markup and remove it
 )
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn the errors that a user can mend into one line and exit code 1."""
+    """Print an error that the user can correct in one line, and exit with code 1."""
     try:
         yield
     except (ValueError, OSError, RuntimeError, ImportError) as error:
@@ -29,7 +29,7 @@ def one_line_errors() -> Iterator[None]:
 
 @contextmanager
 def _few_remarks() -> Iterator[None]:
-    """Drop what foundry and transformers remark on every model that they build, whatever it is."""
+    """Hide the warnings that foundry and transformers print for every model."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -44,10 +44,10 @@ def inspect(
     overrides: Annotated[list[str] | None, Argument(help="key=value, as for the trainer.")] = None,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
     gpus: Annotated[
-        int | None, Option(min=1, help="Estimate also the memory that training takes on each of so many GPUs.")
+        int | None, Option(min=1, help="Number of GPUs. Also estimate the memory that training needs on each.")
     ] = None,
 ) -> None:
-    """Say what each matrix of a config's model starts at, and count its parameters, without allocating them."""
+    """Show the initial scale of each matrix and the number of parameters, without allocating the model."""
     with one_line_errors(), _few_remarks():
         from llmfoundry_wesar.inspection import inspect_config, load_config
         from llmfoundry_wesar.memory import estimate
@@ -68,20 +68,24 @@ def plot(
     figure: Annotated[
         str,
         Option(
-            help="The paper's figure: 1 (loss, update ratios of W_d and W_u), 2 (loss), 3 (their norms), 8 (gradient "
-            "norms of a block), 9 (update ratios of a block; for 9 to 12), or gates."
+            help="The paper's figure: 1 (loss, update ratios of W_d and W_u), 2 (loss), 3 (norms of both), "
+            "8 (gradient norms in a block), 9 (update ratios in a block, also for 10 to 12), or gates."
         ),
     ] = "1",
     layer: Annotated[
-        int | None, Option(help="The block, counted from 0 as in the metric keys; the last one, or all for gates.")
+        int | None, Option(help="The block, counted from 0. [default: the last one; for gates all]")
     ] = None,
-    label: Annotated[list[str] | None, Option(help="A run's name, once for each run, in their order.")] = None,
-    smooth: Annotated[int, Option(help="Draw the mean of the last so many points in front of the points.")] = 1,
+    label: Annotated[
+        list[str] | None, Option(help="The name of a run. Give it once for each run, in their order.")
+    ] = None,
+    smooth: Annotated[int, Option(help="Number of points in the moving average that is drawn.")] = 1,
     x: Annotated[str, Option(help="step or tokens.")] = "step",
-    csv: Annotated[str | None, Option(help="Write the values shown to this file too; it can be a RUN later.")] = None,
+    csv: Annotated[str | None, Option(help="Also write the values to this file. It can be a RUN later.")] = None,
     table: Annotated[
         bool,
-        Option("--table", help="Print each run's final and held-out loss, and how much faster W_d moves than W_u."),
+        Option(
+            "--table", help="Print each run's final and held-out loss, and the update ratio of W_d over that of W_u."
+        ),
     ] = False,
 ) -> None:
     """Draw the paper's figures from the logs of runs."""
@@ -102,32 +106,33 @@ def token_count(text: str) -> int:
 
 @app.command()
 def data(
-    out: Annotated[Path, Argument(help="A new folder, or that of an interrupted run with the same options.")],
+    out: Annotated[Path, Argument(help="A new folder, or the folder of an interrupted run with the same options.")],
     source: Annotated[
         list[str],
         Option(
-            help="stdlib (the source of this Python's standard library), a .txt or .jsonl file or WikiText's .raw or "
-            ".tokens (plain, .xz, .zst or .gz), a folder of them, or hf:NAME[:CONFIG][@SPLIT] (a split, train by "
-            "default, of a Hugging Face data set, streamed). Can be given several times."
+            help="stdlib (the source of this Python's standard library); a .txt, .jsonl, .raw or .tokens file, or one "
+            "with .xz, .zst or .gz; a folder of such files; or hf:NAME[:CONFIG][@SPLIT] (a Hugging Face data set, "
+            "streamed; the default split is train). Can be given several times."
         ),
     ],
     sequence_length: Annotated[int, Option(help="Tokens in a sequence.")] = 2048,
     vocab_size: Annotated[
         int | None, Option(help="Entries of the BPE tokenizer that is trained. [default: 32000]")
     ] = None,
-    tokenizer: Annotated[str | None, Option(help="A Hugging Face tokenizer, name or folder, not to train one.")] = None,
+    tokenizer: Annotated[str | None, Option(help="Name or folder of a Hugging Face tokenizer to use.")] = None,
     max_tokens: Annotated[
-        int | None, Option(help="Stop at so many training tokens: 10M, 30B.", parser=token_count, metavar="COUNT")
+        int | None,
+        Option(help="Largest number of training tokens, such as 10M or 30B.", parser=token_count, metavar="COUNT"),
     ] = None,
-    val_fraction: Annotated[float, Option(help="Share of the documents that go to val; 0 for none, 1 for all.")] = 0.01,
-    seed: Annotated[int, Option(help="Of the order and of the choice of val.")] = 17,
-    shuffle: Annotated[bool, Option(help="Read files in random order, documents through a shuffle buffer.")] = True,
-    text_key: Annotated[str, Option(help="Field of a .jsonl line or Hugging Face row that holds the text.")] = "text",
+    val_fraction: Annotated[float, Option(help="Share of the documents for val, from 0 to 1.")] = 0.01,
+    seed: Annotated[int, Option(help="Seed of the order and of the choice of val.")] = 17,
+    shuffle: Annotated[bool, Option(help="Read files in random order, and documents through a shuffle buffer.")] = True,
+    text_key: Annotated[str, Option(help="Field of a .jsonl line or Hugging Face row with the text.")] = "text",
 ) -> None:
     """Turn text into a tokenizer and token shards for foundry's text loader.
 
-    For example: llmfoundry-wesar data OUT --source hf:tiiuae/falcon-refinedweb --text-key content --max-tokens 30B
-    --val-fraction 0.0005; or, to evaluate on: llmfoundry-wesar data LAMBADA --source
+    Training text: llmfoundry-wesar data OUT --source hf:tiiuae/falcon-refinedweb --text-key content --max-tokens 30B
+    --val-fraction 0.0005. An evaluation set: llmfoundry-wesar data LAMBADA --source
     hf:EleutherAI/lambada_openai:default@test --tokenizer OUT/tokenizer --val-fraction 1 --no-shuffle
     """
     from llmfoundry_wesar.data.shards import prepare
@@ -152,21 +157,21 @@ def data(
 @app.command()
 def compare(
     config: Annotated[str, Argument(help="A training YAML.")],
-    methods: Annotated[str, Option(help="Values of variables.method: a,b,…")],
-    seeds: Annotated[str, Option(help="Values of seed, for weights and data order: 1,2,…")],
-    out: Annotated[Path, Option(help="A new folder, or that of a series to go on with.")],
+    methods: Annotated[str, Option(help="Values of variables.method, with commas: a,b,…")],
+    seeds: Annotated[str, Option(help="Values of seed (weights and data order): 1,2,…")],
+    out: Annotated[Path, Option(help="A new folder, or the folder of a series to continue.")],
     overrides: Annotated[list[str] | None, Argument(help="key=value for all runs, as for the trainer.")] = None,
     vary: Annotated[
-        list[str] | None, Option(help="key=v1,v2,… to run each method and seed with each value. Can be repeated.")
+        list[str] | None, Option(help="key=v1,v2,… runs each method and seed with each value. Can be repeated.")
     ] = None,
     nproc: Annotated[
-        int | None, Option(min=1, help="Processes of a run, by Composer's launcher. [default: no launcher]")
+        int | None, Option(min=1, help="Processes of a run, with Composer's launcher. [default: no launcher]")
     ] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Print what would run and what is done.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print which runs are done and which would run.")] = False,
 ) -> None:
-    """Train methods under equal conditions, one run after the other, and sum them up.
+    """Train methods under equal conditions, one run after the other, and summarise them.
 
-    Finished runs are kept: the same command goes on where it was stopped, and runs again what failed.
+    The same command continues an interrupted series: it keeps finished runs and repeats failed ones.
     """
     import shlex
 
@@ -205,24 +210,26 @@ def export(
         ),
     ] = "hf",
     dtype: Annotated[
-        str, Option(help="float32, bfloat16 or float16, or f32, bf16 or f16; with gguf also q8_0.")
+        str, Option(help="float32, bfloat16 or float16 (short: f32, bf16, f16); with gguf also q8_0.")
     ] = "float32",
 ) -> None:
-    """Merge the gates of a checkpoint, and everything else that plain models lack, into a plain model."""
+    """Merge the gates, and everything else that plain models do not have, and write a plain model."""
     with one_line_errors(), _few_remarks():
         from llmfoundry_wesar.export.files import export
 
         clients = export(checkpoint, out, format, dtype)  # type: ignore[arg-type]
-    echo(f"{out}: written. What other programs make of it:\n\n{clients}" if clients else f"{out}: written.")
+    echo(f"{out}: written. Other programs with this model:\n\n{clients}" if clients else f"{out}: written.")
 
 
 @app.command()
 def reparameterize(
-    model: Annotated[str, Argument(help="A folder from export, or with safetensors of an Arcee, Llama or MPT model.")],
+    model: Annotated[
+        str, Argument(help="A folder that export wrote, or with safetensors of an Arcee, Llama or MPT model.")
+    ],
     out: Annotated[str, Argument(help="A new file, for the trainer's load_path with load_weights_only=true.")],
     method: Annotated[str, Option(help="The variables.method to continue with.")] = "wesar",
 ) -> None:
-    """Turn a plain model into a gated one, the same function, and print the model section that goes with it."""
+    """Turn a plain model into a gated one that computes the same, and print its `model` section."""
     with one_line_errors(), _few_remarks():
         from omegaconf import OmegaConf
 
@@ -234,19 +241,21 @@ def reparameterize(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, Argument(help="A folder from export, or a checkpoint.")],
+    model: Annotated[str, Argument(help="A folder that export wrote, or a checkpoint.")],
     tasks: Annotated[
         str,
-        Option(help="paper (Tables 5 and 8), or some of wikitext,lambada,boolq,cb,copa,multirc,record,rte,wic,wsc."),
+        Option(help="paper (Tables 5 and 8), or names from wikitext,lambada,boolq,cb,copa,multirc,record,rte,wic,wsc."),
     ] = "paper",
     data: Annotated[str | None, Option(help="A folder with local copies of the data. [default: from the Hub]")] = None,
-    limit: Annotated[int | None, Option(min=1, help="Score only the first so many examples of each task.")] = None,
-    batch_size: Annotated[int, Option(min=1, help="Sequences at a time.")] = 8,
-    device: Annotated[str | None, Option(help="As for torch. [default: the first GPU, or the CPU]")] = None,
+    limit: Annotated[
+        int | None, Option(min=1, help="Number of examples to score for each task, the first ones.")
+    ] = None,
+    batch_size: Annotated[int, Option(min=1, help="Sequences in a batch.")] = 8,
+    device: Annotated[str | None, Option(help="A torch device. [default: the first GPU, or the CPU]")] = None,
     dtype: Annotated[str, Option(help="float32, bfloat16 or float16.")] = "float32",
-    out: Annotated[Path | None, Option(help="Write the scores to this file too, as JSON.")] = None,
+    out: Annotated[Path | None, Option(help="Also write the scores to this file, as JSON.")] = None,
 ) -> None:
-    """Score a model with the columns of the paper's Tables 5 and 8, through lm-evaluation-harness."""
+    """Compute the scores of the paper's Tables 5 and 8 by lm-evaluation-harness."""
     with one_line_errors(), _few_remarks():
         from llmfoundry_wesar.evaluate import evaluate
         from llmfoundry_wesar.runs.scalars import replacing
@@ -254,7 +263,7 @@ def evaluate(
         if out is not None:
             if out.exists():
                 raise FileExistsError(f"{out} exists; choose another name or remove it.")
-            out.parent.mkdir(parents=True, exist_ok=True)  # found wanting now rather than hours later
+            out.parent.mkdir(parents=True, exist_ok=True)  # fail now, not after hours of scoring
         evaluation = evaluate(model, tasks, data, limit, batch_size, device, dtype)
         echo(str(evaluation))
         if out is not None:

@@ -1,8 +1,7 @@
 """The paper's scores of a model: perplexities on WikiText and LAMBADA (Table 5), SuperGLUE 3-shot (Table 8).
 
-Everything but the perplexity per token is EleutherAI's lm-evaluation-harness, which is given the model as an object: so
-a model is scored as foundry's MPT whatever transformers knows of its architecture, and so are those that have no plain
-form, like Post-LN.
+All scores but the perplexity per token come from EleutherAI's lm-evaluation-harness. It gets the model as an object,
+foundry's MPT. So models that transformers does not know, such as Post-LN ones, can be scored too.
 """
 
 import logging
@@ -36,7 +35,7 @@ class Task:
     Attributes:
         title: Its name in the paper.
         name: Its name in lm-evaluation-harness.
-        metrics: The harness's name of each metric, by the paper's or, where that has none, ours.
+        metrics: From the paper's name of a metric (or ours, if the paper has none) to the harness's name.
     """
 
     title: str
@@ -65,12 +64,12 @@ class Evaluation:
     """Scores by task.
 
     Attributes:
-        model: What was scored.
-        context: Tokens that the model sees at most.
-        scores: task -> metric -> value, with the paper's names of metrics; `per token` is ours.
-        examples: How many examples each task's scores are of.
-        missing: Tasks that were asked for and have no data, and why.
-        limit: Examples of a task, if not all of them.
+        model: The path of the model.
+        context: The model's context length in tokens.
+        scores: task -> metric -> value, with the paper's names of metrics, and `per token`.
+        examples: Number of examples of each task.
+        missing: Requested tasks without data, and the reason.
+        limit: Number of examples for each task, or None for all.
     """
 
     model: str
@@ -81,9 +80,9 @@ class Evaluation:
     limit: int | None = None
 
     def total(self, metric: str) -> float | None:
-        """Mean of a metric over all of SuperGLUE's examples that have it, as in Table 8; None if a task is missing.
+        """Return the mean of a metric over the examples of all SuperGLUE tasks that have it; None if a task is missing.
 
-        Tasks count by their number of examples: only so do the rows of Table 8 give their totals.
+        Tasks are weighted by their number of examples, which reproduces the totals of Table 8.
         """
         tasks = [task for task in SUPERGLUE if metric in TASKS[task].metrics]
         if any(task not in self.scores for task in tasks):
@@ -92,7 +91,7 @@ class Evaluation:
         return total / sum(self.examples[task] for task in tasks)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, for JSON, with the totals."""
+        """Return plain data with the totals, for JSON."""
         return {**asdict(self), "superglue_total": {metric: self.total(metric) for metric in ("ACC", "EM", "F1")}}
 
     def __str__(self) -> str:
@@ -123,7 +122,7 @@ class Evaluation:
             lines += [*_columns(cells), ""]
         lines += [f"{TASKS[task].title} was not scored: {reason}" for task, reason in self.missing.items()]
         if self.limit is not None:
-            lines.append(f"Only the first {self.limit} examples of each task: not comparable with anything else.")
+            lines.append(f"Only the first {self.limit} examples of each task, so not comparable with other results.")
         return "\n".join(lines).rstrip()
 
 
@@ -148,17 +147,17 @@ def token_perplexity(
     context: int,
     batch_size: int = 8,
 ) -> float:
-    r"""Perplexity per token, :math:`\exp(-\frac1n\sum\log p(x_t \mid x_{<t}))`, in the form of the training data.
+    r"""Compute the perplexity per token, :math:`\exp(-\frac1n\sum\log p(x_t \mid x_{<t}))`, as in training.
 
-    The documents' tokens, an EOS after each, are joined and cut into windows of `context` tokens, as
-    `llmfoundry-wesar data` cuts its sequences; the first token of a window is not predicted. A shorter last one counts.
+    The tokens of the documents, with an EOS after each, are joined and cut into windows of `context` tokens, as
+    `llmfoundry-wesar data` does. The first token of a window is not predicted. The last window may be shorter.
 
     Args:
         model: A causal Hugging Face model.
-        tokenizer: Its tokenizer; special tokens that a document spells out are encoded as text.
+        tokenizer: Its tokenizer. The text of a special token in a document is encoded as text.
         documents: The text.
         context: Tokens in a window.
-        batch_size: Windows at a time.
+        batch_size: Windows in a batch.
 
     Raises:
         ValueError: If there is no text.
@@ -182,13 +181,13 @@ def token_perplexity(
 
 
 def round_weights(model: WeSaRMPTForCausalLM, dtype: torch.dtype) -> MPTForCausalLM:
-    """The model with weights of a lower precision: those that `export` writes, merged and then rounded once.
+    """Round the weights as `export` does: merge W and α, then round the product once.
 
-    A model without a plain form has its own weights rounded, W and α apart. The frequencies of RoPE are no weights and
-    stay in float32: in bfloat16 phases would be up to 0.9 rad off at position 2000, with 64 dimensions to a head.
+    If the model has no plain form, W and α are rounded separately. The frequencies of RoPE stay in float32: in bfloat16
+    the phases at position 2000 would be wrong by up to 0.9 rad, for a head of width 64.
 
     Args:
-        model: As it was trained; may be changed.
+        model: The trained model. It may be changed.
         dtype: A floating-point type.
     """
     plain: MPTForCausalLM = model
@@ -199,7 +198,7 @@ def round_weights(model: WeSaRMPTForCausalLM, dtype: torch.dtype) -> MPTForCausa
 
 
 def _harness_tasks(tasks: Sequence[str], data: Path | None) -> tuple[dict[str, Any], dict[str, str]]:
-    """The harness's tasks by our names, and those that have no data."""
+    """Return the harness's tasks by our names, and the tasks without data with the reason."""
     from datasets import Dataset, DatasetDict
     from lm_eval import tasks as harness
     from lm_eval.tasks import TaskManager
@@ -239,16 +238,16 @@ def evaluate(
     """Score a model.
 
     Args:
-        path: What `export` writes, or a checkpoint itself: as for `files.load`.
+        path: A folder that `export` wrote, or a checkpoint, as for `files.load`.
         tasks: `paper` for all, or names of `TASKS` with commas between them.
         data: Local copies of the data (see `evaluation_data`); None for the Hugging Face Hub.
-        limit: Score only the first so many examples of each task.
-        batch_size: Sequences at a time.
-        device: As for torch; by default the first GPU, if there is one.
-        dtype: Of the weights: float32, or bfloat16 or float16 as `round_weights` makes them.
+        limit: Number of examples to score for each task, the first ones.
+        batch_size: Sequences in a batch.
+        device: A torch device. By default the first GPU, or the CPU.
+        dtype: float32, or bfloat16 or float16, to which `round_weights` rounds the weights.
 
     Raises:
-        FileNotFoundError: If there is no model, or no data for any task, or for one that was asked for by name.
+        FileNotFoundError: If there is no model, no data at all, or no data for a task that was named.
         ValueError: If the model cannot be loaded or has no tokenizer, or an option is unknown.
         RuntimeError: If lm-evaluation-harness is not installed.
     """
@@ -262,13 +261,13 @@ def evaluate(
     if unknown := [name for name in names if name not in TASKS]:
         raise ValueError(f"--tasks {tasks}: {unknown[0]!r} is not paper or one of {', '.join(TASKS)}.")
     if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype {dtype}: not one of float32, bfloat16, float16.")
+        raise ValueError(f"--dtype {dtype}: use one of float32, bfloat16, float16.")
     harness_tasks, missing = _harness_tasks(names, None if data is None else Path(data))
     if missing and (tasks != "paper" or not harness_tasks):
         raise FileNotFoundError(next(iter(missing.values())))
     trained, tokenizer = load(path)
     if tokenizer is None:
-        raise ValueError(f"{path}: no tokenizer, without which there is nothing to score.")
+        raise ValueError(f"{path}: there is no tokenizer, which scoring needs.")
     model = trained if dtype == "float32" else round_weights(trained, getattr(torch, dtype))
     for module in model.modules():
         if hasattr(module, "attn_fn"):

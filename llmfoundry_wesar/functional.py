@@ -1,7 +1,7 @@
-"""The maths of the reparameterisations: pure functions of tensors, no state.
+"""The maths of the reparameterisations and of the optimizer's step, as functions of tensors.
 
-Shapes: O rows of a matrix (out_features, or the vocabulary), I columns (in_features, or the width),
-"..." any leading batch dimensions. A gate is (1,), (O,) or (I,); `broadcast_gate` says which by name.
+Shapes: a matrix has O rows (out_features, or the vocabulary) and I columns (in_features, or the width); "..." are any
+leading batch dimensions. A gate is (1,), (O,) or (I,), with the `gate_shape` scalar, row or column.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +15,7 @@ GateShape = Literal["scalar", "row", "column"]
 
 
 def broadcast_gate(gate: Tensor, gate_shape: GateShape) -> Tensor:
-    """View a gate so that it multiplies an (O, I) matrix: only a row gate needs it, (O,) -> (O, 1)."""
+    """View a gate so that it multiplies an (O, I) matrix. A row gate becomes (O, 1); others stay as they are."""
     return gate.unsqueeze(-1) if gate_shape == "row" else gate
 
 
@@ -32,42 +32,42 @@ def gated_weight(weight: Tensor, gate: Tensor) -> Tensor:
     return weight * gate
 
 
-# Matrices of no more entries leave the product to autograd, which keeps αW: at most 256 KiB in float32.
+# Up to this many entries autograd computes the product. It then keeps αW, at most 256 KiB in float32.
 _SMALL = 2**16
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a·b in `dtype`, rounded once. On a GPU scaling and casting are one kernel."""
+    """Return a·b in `dtype`, rounded once. On a GPU this is one kernel."""
     if a.dtype == b.dtype == dtype:
         return a * b
     return torch.mul(a, b, out=a.new_empty(torch.broadcast_shapes(a.shape, b.shape), dtype=dtype))
 
 
 def _gradients(grad: Tensor, weight: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """∂L/∂W = αG and ∂L/∂α = ⟨G, W⟩, each in the dtype of its parameter; G = `grad` may be overwritten.
+    """Return ∂L/∂W = αG and ∂L/∂α = ⟨G, W⟩, each in the dtype of its parameter. `grad` (G) may be overwritten.
 
-    The sum goes over the dimensions along which the gate is broadcast. Compiled, G and W are read once and αG written.
+    ⟨G, W⟩ is summed over the dimensions along which the gate is broadcast. The compiled function reads G and W once.
     """
     grad = grad.to(torch.promote_types(grad.dtype, weight.dtype))
     product = grad.to(torch.promote_types(gate.dtype, torch.float32)) * weight
     if gate.numel() == 1:
-        # By rows first: the compiler joins that sum to the product αG, and a sum of the whole matrix it does not.
+        # Sum the rows first: the compiler puts that sum and the product αG into one kernel, a sum over the whole not.
         product = product.sum(-1)
     grad_gate = product.sum_to_size(gate.shape).to(gate.dtype)
     return grad.mul_(gate) if grad.dtype == weight.dtype else _product(grad, gate, weight.dtype), grad_gate
 
 
-# For CUDA. With its sizes as constants the compiler joins both results in one kernel.
+# For CUDA. With constant sizes the compiler computes both results in one kernel.
 _compiled_gradients = torch.compile(_gradients, dynamic=False)
 
 
 class _GatedLinear(torch.autograd.Function):
     """y = x (αW)ᵀ + b, keeping only x, W and α for the backward pass.
 
-    Autograd would keep αW as well. Under FSDP that is a whole unsharded matrix for each layer, which resharding W
-    after the forward pass does not free; recomputing αW is one elementwise pass.
+    Autograd would keep αW as well: under FSDP a whole matrix for each layer, which resharding W does not free. To
+    compute αW again is one elementwise pass.
 
-    A second derivative raises an error. `once_differentiable` would only word it better, and costs 2 µs a call.
+    A second derivative raises an error. `once_differentiable` would give a clearer one, but costs 2 µs a call.
     """
 
     @staticmethod
@@ -82,10 +82,10 @@ class _GatedLinear(torch.autograd.Function):
         grad_x = grad_weight = grad_gate = None
         rows = grad_y.reshape(-1, grad_y.size(-1))
         if needs_x:
-            # αW, where the forward pass has Wα: a compiler that saw one expression would compute it once, and keep it.
+            # αW, and Wα in the forward pass: the compiler would compute equal expressions once, and keep the result.
             grad_x = grad_y @ _product(gate, weight, x.dtype)
         if needs_weight or needs_gate:
-            # ∂L/∂(αW); both gradients follow from it without another pass over the activations.
+            # ∂L/∂(αW). Both gradients follow from it.
             grad = rows.t() @ x.reshape(-1, x.size(-1))
             if needs_gate:
                 gradients = _compiled_gradients if weight.is_cuda else _gradients
@@ -103,9 +103,8 @@ def gated_linear(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None = 
     .. math:: \partial L/\partial W = \alpha\,G, \quad \partial L/\partial\alpha = \langle G, W\rangle,
               \quad G = \partial L/\partial(\alpha W),
 
-    and under autocast in the dtype that `F.linear` uses there. It keeps no αW for the backward pass, compiled or
-    not, unless W is small: then keeping it costs less than a Python function in the backward pass would.
-    `benchmarks/README.md` has the figures behind this form.
+    and under autocast in the same dtype. It keeps no αW for the backward pass, unless W is small: then keeping it costs
+    less than a Python function in the backward pass. `benchmarks/README.md` has the measurements behind this form.
 
     Args:
         x: (..., I).
@@ -128,8 +127,8 @@ def gated_linear(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None = 
 def weight_norm(weight: Tensor, gain: Tensor) -> Tensor:
     r"""Weight normalisation by row, :math:`\bar w = \alpha\,w / \lVert w\rVert` (Salimans and Kingma 2016).
 
-    The gradient goes through the norm, as in ``torch.nn.utils.parametrizations.weight_norm``, whose fused kernel this
-    is (Nishida et al. 2024, appendix C.1).
+    The gradient goes through the norm (Nishida et al. 2024, appendix C.1). The kernel is that of
+    ``torch.nn.utils.parametrizations.weight_norm``.
 
     Args:
         weight: (O, I).
@@ -142,7 +141,7 @@ def weight_norm(weight: Tensor, gain: Tensor) -> Tensor:
 
 
 def _without_autocast(tensor: Tensor) -> AbstractContextManager:
-    """No lower precision than the tensors'; autocast knows no meta device, where models are built."""
+    """Disable autocast, except on the meta device, which autocast does not know."""
     device = tensor.device.type
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
@@ -156,7 +155,7 @@ def power_iteration(weight: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor
     Args:
         weight: (O, I).
         left: u, (O,), of unit length.
-        right: v, (I,), replaced at once; as its dtype is, so is the arithmetic, but never below float32.
+        right: v, (I,). Only its dtype is used: the arithmetic is in it, or in float32 if that is wider.
 
     Returns:
         The new u and v.
@@ -178,8 +177,8 @@ def sigma_reparam(
     Args:
         weight: (O, I).
         gate: (1,), α.
-        left: u, (O,), the first left singular vector as far as the power method has come.
-        right: v, (I,), the first right one.
+        left: u, (O,), the current estimate of the first left singular vector.
+        right: v, (I,), that of the first right one.
         differentiable_norm: Whether the gradient goes through the spectral norm. It does not in Nishida et al. 2024
             (appendix C.2); it does in apple/ml-sigma-reparam.
 
@@ -189,11 +188,11 @@ def sigma_reparam(
     dtype = torch.promote_types(left.dtype, torch.float32)
     with (
         torch.set_grad_enabled(differentiable_norm and torch.is_grad_enabled()),
-        # In bfloat16 the norm would stand still for steps, and then jump by 2⁻⁸ with every virtual weight.
+        # A norm in bfloat16 would not change for many steps and then jump by 2⁻⁸, and every virtual weight with it.
         _without_autocast(weight),
     ):
         spectral_norm = left.to(dtype) @ (weight.to(dtype) @ right.to(dtype))
-    # Only the product is rounded to the weight's dtype. A 0-dimensional norm would not widen the gate's by itself.
+    # Round only the product to the weight's dtype: a 0-dimensional float32 norm does not make a bfloat16 gate float32.
     return (weight.to(dtype) * (gate.to(dtype) / spectral_norm)).to(weight.dtype)
 
 

@@ -1,6 +1,6 @@
-"""`wesar_hf_causal_lm`: foundry's `hf_causal_lm` with an initial scale for each matrix by its role, and with z-loss.
+"""`wesar_hf_causal_lm`: foundry's `hf_causal_lm` with initialisation by role and with z-loss.
 
-The layers stay those of transformers, so the gates of WeSaR are the optimizer's: `optimizer.name: wesar_adamw`.
+The layers are those of transformers, so WeSaR's gates have to be in the optimizer: `optimizer.name: wesar_adamw`.
 """
 
 import math
@@ -29,12 +29,12 @@ from llmfoundry_wesar.losses import IGNORE_INDEX
 from llmfoundry_wesar.model import arguments, did_you_mean
 from llmfoundry_wesar.roles import BY_NAME, find_role
 
-# What the configs of transformers call the activation in front of W_d.
+# Names of the activation in front of W_d in the configs of transformers.
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
 
 
 def _activation(config: PretrainedConfig, backbone: Backbone) -> str:
-    """Return the name of the activation in front of W_d, and refuse one without a gain if the backbone needs it."""
+    """Return the name of the activation in front of W_d. With backbone `he` it must have a known gain."""
     for key in _ACTIVATIONS:
         if name := getattr(config, key, None):
             if backbone == "he":
@@ -44,20 +44,20 @@ def _activation(config: PretrainedConfig, backbone: Backbone) -> str:
 
 
 def assign_hf_roles(model: nn.Module, roles: Mapping[str, str], activation: str) -> bool:
-    """Give every module of a Hugging Face decoder that holds a matrix its `role` attribute.
+    """Set the attribute `role` of every module of a Hugging Face decoder that holds a matrix.
 
-    A matrix that two modules share belongs to the first, which is the embedding if W_e and W_p are tied.
+    If two modules share a matrix, only the first gets a role: the embedding, if W_e and W_p are tied.
 
     Args:
         model: The decoder.
-        roles: `model.init_config.roles`: the end of a module's path, of one or two names → the name of a role.
+        roles: `model.init_config.roles`: from the end of a module's path (one or two names) to the name of a role.
         activation: The activation in front of W_d.
 
     Returns:
         Whether W_e and W_p are one matrix.
 
     Raises:
-        ValueError: If a matrix has no role, or an entry of `roles` fits no module or names no role.
+        ValueError: If a matrix has no role, or an entry of `roles` fits no module or has an unknown role.
     """
     for name, role in roles.items():
         if role not in BY_NAME:
@@ -73,7 +73,7 @@ def assign_hf_roles(model: nn.Module, roles: Mapping[str, str], activation: str)
             held = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
             raise ValueError(
                 f"model.init_config.roles: {path} ({type(module).__name__}: {held}) has no known role; "
-                f"if it is one matrix, say which: `roles: {{{path.rpartition('.')[2]}: W_u}}`, "
+                f"if it is one matrix, give its role: `roles: {{{path.rpartition('.')[2]}: W_u}}`, "
                 f"with one of {', '.join(BY_NAME)}."
             )
         if id(module.weight) in seen:
@@ -83,33 +83,33 @@ def assign_hf_roles(model: nn.Module, roles: Mapping[str, str], activation: str)
         module.role = replace(role, activation=activation) if role.name == "W_d" else role  # type: ignore[assignment]
     if unused:
         raise ValueError(
-            f"model.init_config.roles: {', '.join(sorted(unused))} is the end of no matrix's path; remove it."
+            f"model.init_config.roles: no path of a matrix ends with {', '.join(sorted(unused))}; remove it."
         )
     return tied
 
 
 def role_init(model: PreTrainedModel, init_config: Mapping[str, Any]) -> Callable[[nn.Module], None]:
-    r"""Assign the roles of a Hugging Face decoder, and return the function that initialises its modules by them.
+    r"""Assign the roles of a Hugging Face decoder, and return the function that initialises its modules by role.
 
-    :math:`W_\bullet \sim N(0, \sigma_\bullet^2)` with `backbone_std` for σ_•; N and d are those of the model's config.
-    Biases are 0 and norms 1, or 0 in the Gemma family, whose norms multiply by 1 + weight.
+    :math:`W_\bullet \sim N(0, \sigma_\bullet^2)` with `backbone_std` for σ_•. N and d are those of the model's config.
+    Biases start with 0 and norms with 1. Norms of Gemma, which multiply by 1 + weight, start with 0.
 
     Args:
-        model: The decoder; its own parameters are not touched.
+        model: The decoder. This function does not change its parameters.
         init_config: The section `model.init_config`; see `ComposerWeSaRHFCausalLM`.
 
     Raises:
-        ValueError: If the section is wrong, a matrix has no role, or W_e's scale does not go with tied embeddings.
+        ValueError: If the section is wrong, a matrix has no role, or W_e's scale is too large for tied embeddings.
     """
     options = {"roles": {}, **init_config}
     name, roles = options.get("name"), options.pop("roles")
     if name not in BACKBONES:
         raise ValueError(
-            f"model.init_config.name: {name!r} is not one of {', '.join(BACKBONES)}, which start plain layers as those "
-            "of a Hugging Face model are; their gates are the optimizer's: `optimizer.name: wesar_adamw`."
+            f"model.init_config.name: {name!r} is not one of {', '.join(BACKBONES)}, which initialise the plain layers "
+            "of a Hugging Face model. For gates set `optimizer.name: wesar_adamw`."
         )
     if not isinstance(roles, Mapping):
-        raise ValueError(f"model.init_config.roles: {roles!r} is no mapping; write `roles: {{my_proj: W_u}}`.")
+        raise ValueError(f"model.init_config.roles: {roles!r} is not a mapping; write `roles: {{my_proj: W_u}}`.")
     check_init_config(**options)
     backbone, config, std = BACKBONES[name], model.config, options.get("emb_init_std")
     if assign_hf_roles(model, roles, _activation(config, backbone)):
@@ -132,9 +132,9 @@ def role_init(model: PreTrainedModel, init_config: Mapping[str, Any]) -> Callabl
 class ComposerWeSaRHFCausalLM(ComposerHFCausalLM):
     r"""The model that foundry builds for `model.name: wesar_hf_causal_lm`.
 
-    With `pretrained: false` each matrix starts by its role, which follows from its module's name (`roles.ROLES`); with
-    `pretrained: true` nothing is initialised. W_q, W_k and W_v in one matrix start as three would. W_e and W_p, if they
-    are tied, are one matrix that starts as W_e, so `emb_init_std` is then left at its default.
+    With `pretrained: false` each matrix is initialised by its role, which follows from its module's name
+    (`roles.ROLES`). With `pretrained: true` nothing is initialised. W_q, W_k and W_v in one matrix start as three
+    matrices would. Tied embeddings start as W_e does; leave `emb_init_std` at its default for them.
 
     Args:
         tokenizer: As for foundry.
@@ -142,9 +142,9 @@ class ComposerWeSaRHFCausalLM(ComposerHFCausalLM):
         pretrained: As for foundry.
         init_config: How to start a model that is not pretrained.
             `name`: `he_init_` or `small_init_`.
-            `emb_init_std`: Standard deviation of W_e and of learned positions; that of W_q unless set; WeSaR's is 1.
+            `emb_init_std`: Standard deviation of W_e and of learned positions. By default that of W_q; WeSaR's is 1.
             `init_div_is_residual`: As in foundry: true divides σ_o and σ_d by √2N, a number by that, false by nothing.
-            `roles`: The end of a module's path → its role, such as `{my_proj: W_u}`, for names that are not known.
+            `roles`: For modules with unknown names: the end of the module's path and its role, as `{my_proj: W_u}`.
         z_loss: Coefficient of the mean squared log-partition added to the loss (paper, Table 3: 1e-4).
         **kwargs: The other keys of `hf_causal_lm`, with their meaning.
 
@@ -171,11 +171,11 @@ class ComposerWeSaRHFCausalLM(ComposerHFCausalLM):
         for module in self.model.modules():
             if hasattr(module, "role"):
                 initialize(module)
-        # For ranks with a model on the meta device, whose norms the model's own constructor did not start.
+        # Ranks with the model on the meta device call this, for the norms too.
         self.model.param_init_fn = initialize  # type: ignore[assignment]
 
     def loss(self, outputs: Any, batch: Mapping[str, Any]) -> dict[str, Tensor] | Tensor:
-        """The loss of a microbatch; with z-loss the entries `total`, `loss` and `z_loss`, as `wesar_mpt_causal_lm`."""
+        """Return the loss of a microbatch; with z-loss `total`, `loss` and `z_loss`, as `wesar_mpt_causal_lm`."""
         loss = super().loss(outputs, batch)
         if not self.z_loss:
             return loss
@@ -186,16 +186,16 @@ class ComposerWeSaRHFCausalLM(ComposerHFCausalLM):
 
 
 def check_hf_keys(model: Mapping[str, Any]) -> None:
-    """Refuse a `model` section of `wesar_hf_causal_lm` that has an unknown key, or none for what must be known.
+    """Check the `model` section of `wesar_hf_causal_lm`.
 
     Raises:
-        ValueError: If a key is unknown, `init_config` is missing or `z_loss` is no number.
+        ValueError: If a key is unknown, `init_config` is missing or `z_loss` is not a number.
     """
     known = [*arguments(ComposerHFCausalLM), *arguments(ComposerWeSaRHFCausalLM)]
     for key, value in model.items():
         if key not in known:
             raise ValueError(
-                f"model.{key}: {value!r} is of no use, since wesar_hf_causal_lm has no such key; "
+                f"model.{key}: {value!r} has no effect, since wesar_hf_causal_lm has no such key; "
                 + did_you_mean(key, known, "remove it.")
             )
     z_loss = model.get("z_loss", 0.0)
@@ -203,6 +203,6 @@ def check_hf_keys(model: Mapping[str, Any]) -> None:
         raise ValueError(f"model.z_loss: {z_loss!r} is not a number ≥ 0; the paper's is 1.0e-4.")
     if not model.get("pretrained", True) and not isinstance(model.get("init_config"), Mapping):
         raise ValueError(
-            f"model.init_config: {model.get('init_config')!r} is no mapping, which pretrained: false needs; write "
+            f"model.init_config: {model.get('init_config')!r} is not a mapping, but pretrained: false needs one; write "
             "`init_config: {name: he_init_, emb_init_std: 1.0}`."
         )

@@ -1,8 +1,8 @@
-"""Which standard deviation each matrix should start at (σ_•), and the functions that put it there.
+"""Initialise each matrix with its standard deviation σ_•.
 
-Foundry calls a *param init function* (`model.init_config.name`) on every module; `generic_param_init_fn_` passes it on
-to the first of the *module init functions* that takes the module. Ours, `init_matrix`, takes every reparameterised
-layer and, under the init functions of this module, every matrix; norms are left to foundry's own.
+Foundry calls a *param init function* (`model.init_config.name`) on every module. `generic_param_init_fn_` then tries
+the *module init functions* until one handles the module. Ours, `init_matrix`, handles all reparameterised layers. With
+the param init functions of this file it handles all matrices. Foundry's own handle the norms.
 """
 
 import math
@@ -22,19 +22,19 @@ from llmfoundry_wesar.layers import GainInit, Reparameterized, ScaledEmbedding
 from llmfoundry_wesar.roles import ROLES, Role, find_role
 
 Backbone = Literal["he", "small"]
-# The backbone of the init functions for plain layers; `small_init_` is foundry's own.
+# The backbones of the init functions for plain layers. `small_init_` is foundry's.
 BACKBONES: dict[str, Backbone] = {"he_init_": "he", "small_init_": "small"}
 
 
 def activation_gain(activation: str, key: str = "model.ffn_config.ffn_act_fn.name") -> float:
-    """He's gain of an activation function, as `torch.nn.init.calculate_gain` has it: 1/√E[f(z)²] = √2 for the ReLU.
+    """Return He's gain of an activation function from `torch.nn.init.calculate_gain`: √2 = 1/√E[f(z)²] for the ReLU.
 
-    The smooth relatives of the ReLU get its √2, as in the paper (Table 1, footnote 2). A GLU multiplies the activation
-    by an independent factor of unit variance, which leaves the gain as it is.
+    GELU, SiLU and Mish have the gain of the ReLU, as in the paper (Table 1, footnote 2). In a GLU the activation is
+    multiplied by an independent factor of unit variance, which does not change the gain.
 
     Args:
-        activation: A name in `torch.nn.functional`, or in transformers, which has several for the GELU.
-        key: The key of the config that names the activation, for the error.
+        activation: Its name in `torch.nn.functional` or in transformers, which has several names for the GELU.
+        key: The config's key for the activation, for the error message.
 
     Raises:
         ValueError: If no gain is known for it.
@@ -50,10 +50,10 @@ def activation_gain(activation: str, key: str = "model.ffn_config.ffn_act_fn.nam
 
 
 def assign_roles(module: nn.Module, activation: str = "gelu") -> None:
-    """Give every matrix below `module` whose name has one its `role` attribute.
+    """Set the attribute `role` of every linear layer and embedding in `module` whose name has a role.
 
     Args:
-        module: A model, a block, or a single matrix under its own name's parent.
+        module: A model, a block, or the parent of a matrix.
         activation: The activation in front of W_d.
     """
     for name, child in module.named_modules():
@@ -65,13 +65,13 @@ def assign_roles(module: nn.Module, activation: str = "gelu") -> None:
 
 
 def backbone_std(role: Role, backbone: Backbone, fan_in: int, d_model: int, div_is_residual: float) -> float:
-    r"""σ_•, the standard deviation that the backbone criterion asks of a matrix (Table 1, columns He and Small).
+    r"""Return σ_•, the initial standard deviation of a matrix (Table 1, columns He and Small).
 
-    He: :math:`\text{gain}/\sqrt{d_\text{in}}`. Small: :math:`\sqrt{2/5d}`. Both divided by `div_is_residual` where the
-    output is added to the residual stream. W_e is no exception here: embedding scaling comes on top of it.
+    He: :math:`\text{gain}/\sqrt{d_\text{in}}`. Small: :math:`\sqrt{2/5d}`. Both are divided by `div_is_residual` if the
+    output is added to the residual stream. The value for W_e is without embedding scaling.
 
     Args:
-        role: The matrix's.
+        role: The role of the matrix.
         backbone: `he` or `small`.
         fan_in: d_in, columns of the matrix.
         d_model: d, the model's width.
@@ -85,7 +85,7 @@ def backbone_std(role: Role, backbone: Backbone, fan_in: int, d_model: int, div_
 
 
 def embedding_std(init_config: Mapping[str, Any], d_model: int) -> float | None:
-    """Return σ_e of a plain embedding, as `model.init_config` has it drawn, or None where that does not tell it."""
+    """Return σ_e of a plain embedding under `model.init_config`, or None if the init function is not known."""
     if std := init_config.get("emb_init_std"):
         return std
     if (limit := init_config.get("emb_init_uniform_lim")) is not None:
@@ -96,18 +96,20 @@ def embedding_std(init_config: Mapping[str, Any], d_model: int) -> float | None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of a config is a number; Python takes a boolean for one."""
+    """Return whether a value of a config is a number. In Python a boolean is an int, so it is excluded."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def fan_in(module: nn.Module) -> int:
-    """Return d_in of a matrix: its columns, or its rows in GPT-2's transposed Conv1D."""
+    """Return d_in of a matrix: the number of its columns, or of its rows in GPT-2's transposed Conv1D."""
     assert isinstance(module.weight, Tensor)
     return module.weight.size(0 if isinstance(module, Conv1D) else 1)
 
 
 def residual_divisor(init_div_is_residual: Any, n_layers: int) -> float:
-    """What `model.init_config.init_div_is_residual` divides σ_o and σ_d by: True √2N, a number itself, False nothing.
+    """Return the divisor of σ_o and σ_d for `model.init_config.init_div_is_residual`.
+
+    It is √2N for true, 1 for false, and a number itself.
 
     Raises:
         ValueError: If it is neither a boolean nor a positive number.
@@ -124,13 +126,13 @@ def residual_divisor(init_div_is_residual: Any, n_layers: int) -> float:
 
 @dataclass(frozen=True)
 class MatrixInit:
-    """How to draw the matrices; `generic_param_init_fn_` carries it to `init_matrix` as its `init_fn_`.
+    """How to initialise the matrices. `generic_param_init_fn_` passes it to `init_matrix` as `init_fn_`.
 
     Attributes:
         backbone: The rule for σ_•.
         d_model: d.
-        sigma: The common σ of all actual weights. None for plain layers, whose own σ is σ_•.
-        gain_init: Whether a gate starts where its method says, or where the virtual weight has σ_•.
+        sigma: The common σ of all actual weights, or None for plain layers, which start with σ_•.
+        gain_init: `method`, the gate's own initial value, or `backbone`, so that the virtual weight has σ_•.
     """
 
     backbone: Backbone
@@ -139,21 +141,21 @@ class MatrixInit:
     gain_init: GainInit = "method"
 
     def __call__(self, weight: Tensor) -> None:
-        """What foundry's own module init functions would call, for a matrix that `init_matrix` did not take."""
+        """Refuse a matrix without a role: foundry's module init functions call this for it."""
         raise ValueError(
-            f"model.init_config draws each matrix by its role, and one of shape {tuple(weight.shape)} has none: "
-            "set `model.name: wesar_mpt_causal_lm`, and `model.ffn_config.ffn_type` to mptmlp or mptglu."
+            f"model.init_config initialises each matrix by its role, and one of shape {tuple(weight.shape)} has none. "
+            "Set `model.name: wesar_mpt_causal_lm`, and `model.ffn_config.ffn_type` to mptmlp or mptglu."
         )
 
 
 def _stock_role(module: nn.Module, d_model: int) -> Role | None:
-    """Return the role of a matrix of foundry's own MPT, whose init functions see a module without its name.
+    """Return the role of a matrix of foundry's own MPT, where an init function sees the module but not its name.
 
-    Foundry marks the outputs to the residual stream. Of these, W_o takes d features and W_d takes more. All other
-    matrices of a plain model have one rule.
+    Foundry marks the layers whose output is added to the residual stream. Of these, W_o has d input features and W_d
+    has more. All other matrices of a plain model have the same rule.
 
     Raises:
-        ValueError: If the module shows that this does not tell W_o from W_d, or that W_d's gain is not √2.
+        ValueError: If W_o and W_d cannot be told apart by this, or if the gain of W_d is not √2.
     """
     if isinstance(module, nn.Embedding):
         return ROLES["wte"]
@@ -171,7 +173,7 @@ def _stock_role(module: nn.Module, d_model: int) -> Role | None:
         if activation_gain(activation) != activation_gain("gelu"):
             wrong = f"model.ffn_config.ffn_act_fn.name: {activation} has not the gain of the GELU"
     if wrong and not any(hasattr(child, "role") for child in module.children()):
-        raise ValueError(f"{wrong}, which the init function of mpt_causal_lm cannot see: use wesar_mpt_causal_lm.")
+        raise ValueError(f"{wrong}. The init function of mpt_causal_lm cannot see that; use wesar_mpt_causal_lm.")
     return None
 
 
@@ -179,19 +181,19 @@ def _stock_role(module: nn.Module, d_model: int) -> Role | None:
 def init_matrix(
     module: nn.Module, init_fn_: Any, div_is_residual: float = 1.0, emb_init_std: float | None = None, **_: Any
 ) -> bool:
-    """Initialise a matrix by its role, and refuse a reparameterised layer to every plain init function.
+    """Initialise a matrix by its role.
 
     Returns:
-        Whether it took the module; under foundry's own init functions it takes none.
+        Whether it handled the module. Under foundry's own param init functions it handles none.
 
     Raises:
-        ValueError: If layer and init function do not belong together, or the role of a matrix cannot be known.
+        ValueError: If the layer needs another init function, or the role of a matrix is not known.
     """
     if not isinstance(init_fn_, MatrixInit):
         if isinstance(module, Reparameterized):
             raise ValueError(
-                f"model.init_config.name is a plain init function, which leaves the gate of {type(module).__name__} as "
-                "it is: set `model.init_config: {name: wesar_, sigma: 0.0063245553, backbone: he}`, "
+                f"model.init_config.name is a plain init function, which does not initialise the gate of "
+                f"{type(module).__name__}. Set `model.init_config: {{name: wesar_, sigma: 0.0063245553}}` "
                 "or `model.fc_type: torch`."
             )
         return False
@@ -220,7 +222,7 @@ def init_matrix(
     elif isinstance(bias := getattr(module, "bias", None), Tensor):
         nn.init.zeros_(bias)
     if isinstance(module, Reparameterized) and sigma is not None:
-        # Embedding scaling: its output has variance 1 whatever the backbone, by its gate or by its constant.
+        # Embedding scaling: the output of the embedding has variance 1 under each backbone.
         virtual_std = 1.0 / module.scale if isinstance(module, ScaledEmbedding) else std
         module.start_gate_(virtual_std / sigma, init_fn_.gain_init)
     return True
@@ -235,7 +237,7 @@ def check_init_config(
     emb_init_std: Any = None,
     **kwargs: Any,
 ) -> None:
-    """Refuse a `model.init_config` of `wesar_` or `he_init_` that is wrong or has keys that would change nothing.
+    """Refuse a `model.init_config` of `wesar_` or `he_init_` with a wrong value or a key that it does not use.
 
     Args:
         name: The init function.
@@ -244,10 +246,10 @@ def check_init_config(
         gain_init: As for `wesar_`.
         init_div_is_residual: As for `residual_divisor`.
         emb_init_std: As for `he_init_`.
-        **kwargs: Everything else; foundry fills in its defaults for all init functions, and those pass.
+        **kwargs: All other keys. Those that foundry fills in are accepted at foundry's default.
 
     Raises:
-        ValueError: If a key is unknown or a value is not among those that it may have.
+        ValueError: If a key is unknown or a value is not allowed.
     """
     residual_divisor(init_div_is_residual, 1)
     known = {"init_div_is_residual"}
@@ -276,24 +278,24 @@ def check_init_config(
 
 
 def check_tied_embedding(emb_init_std: Any, d_model: int, untie: str) -> None:
-    """Refuse a standard deviation of W_e at which W_p, if it is the same matrix, would make huge logits.
+    """Refuse a standard deviation of tied embeddings that is too large for W_p.
 
-    The final norm's output has a norm of √d, so that logits start with `emb_init_std` × √d, and far above that for the
-    token that was read last: with a standard deviation of 1, d = 768 starts at a loss of 724.
+    The output of the final norm has the norm √d. So the logits start with a standard deviation of `emb_init_std` × √d,
+    and the logit of the input token is far larger: with `emb_init_std` 1 and d = 768 the initial loss is 724.
 
     Args:
         emb_init_std: As for `he_init_`.
         d_model: d.
-        untie: The key of the config that unties the two, for the error.
+        untie: The config's key that unties the embeddings, for the error message.
 
     Raises:
         ValueError: If logits would start with a standard deviation above 4.
     """
     if is_number(emb_init_std) and emb_init_std * math.sqrt(d_model) > 4:
         raise ValueError(
-            f"model.init_config.emb_init_std: {emb_init_std!r} is also the standard deviation of W_p, since the "
-            f"embeddings are tied, and would start logits at {emb_init_std * math.sqrt(d_model):.3g}: "
-            f"set it to null, or `{untie}: false`."
+            f"model.init_config.emb_init_std: {emb_init_std!r} is also the standard deviation of W_p, because the "
+            f"embeddings are tied. The logits would start with {emb_init_std * math.sqrt(d_model):.3g}. "
+            f"Set it to null, or set `{untie}: false`."
         )
 
 
@@ -307,21 +309,21 @@ def wesar_(
     init_div_is_residual: int | float | bool = True,
     **kwargs: Any,
 ) -> None:
-    r"""Start every actual weight at one σ and let its gate carry the scale (Nishida et al. 2024, section 4.1, Table 1).
+    r"""Initialise all actual weights with one σ and the gates with σ_•/σ (Nishida et al. 2024, section 4.1, Table 1).
 
     :math:`W_\bullet \sim N(0, \sigma^2)`, :math:`\alpha_\bullet = \sigma_\bullet/\sigma` with `backbone_std` for σ_•,
-    and σ_e = 1 (embedding scaling). The gains of weight normalisation and σReparam start where those methods say (the
-    rows' norms; 1), unless `gain_init` is `backbone`. Biases are 0, norm weights 1.
+    and σ_e = 1 (embedding scaling). Gates of weight normalisation start with the norms of the rows, those of σReparam
+    with 1, unless `gain_init` is `backbone`. Biases start with 0 and the weights of norms with 1.
 
     Args:
-        module: The module whose own parameters are to be written.
+        module: The module whose own parameters are initialised.
         n_layers: N.
         d_model: d.
         sigma: σ; √4e-5 ≈ 0.0063245553 in the paper.
         backbone: `he` (the paper's choice) or `small`.
         gain_init: `method` or `backbone`.
         init_div_is_residual: As in foundry: True divides σ_o and σ_d by √2N, a number by that, False by nothing.
-        **kwargs: Foundry's other defaults of `model.init_config`, accepted only at their default.
+        **kwargs: Foundry's other keys of `model.init_config`, accepted at their default only.
 
     Raises:
         ValueError: If a key is unknown, σ is missing or not positive, or a matrix has no gate or no role.
@@ -341,26 +343,25 @@ def he_init_(
     emb_init_std: float | None = None,
     **kwargs: Any,
 ) -> None:
-    r"""He initialisation of plain layers as the paper has it (Table 1).
+    r"""Initialise plain layers by He's rule as in the paper (Table 1).
 
-    :math:`W_\bullet \sim N(0, \text{gain}^2/d_\text{in})`, σ_o and σ_d divided by √2N. Unlike foundry's
-    `kaiming_normal_` it has the gain √2 for W_d alone. Embeddings are drawn with √(1/d), like the others, unless
-    `emb_init_std` is set; embedding scaling by a constant is `model.embedding_scaling`.
+    :math:`W_\bullet \sim N(0, \text{gain}^2/d_\text{in})`, σ_o and σ_d divided by √2N. The gain is √2 for W_d and 1
+    for all other matrices, whereas foundry's `kaiming_normal_` has one gain for all. Embeddings have √(1/d) unless
+    `emb_init_std` is set. Embedding scaling by a constant is a key of its own, `model.embedding_scaling`.
 
-    Foundry's own `mpt_causal_lm` works too. Its untied `lm_head` is built after the init function has run, so that with
-    `init_device: cpu` or `mixed` it keeps torch's default, a standard deviation of √(1/3d).
+    This works for foundry's own `mpt_causal_lm` too, except for its untied `lm_head`. Foundry builds it after the init
+    function has run, so with `init_device: cpu` or `mixed` it keeps torch's default, a standard deviation of √(1/3d).
 
     Args:
-        module: The module whose own parameters are to be written.
+        module: The module whose own parameters are initialised.
         n_layers: N.
         d_model: d.
         init_div_is_residual: As in foundry: True divides σ_o and σ_d by √2N, a number by that, False by nothing.
-        emb_init_std: As in foundry: the standard deviation of W_e, and of learned positions; 1 with gates in the
-            optimizer.
-        **kwargs: Foundry's other defaults of `model.init_config`, accepted only at their default.
+        emb_init_std: As in foundry: the standard deviation of W_e and of learned positions. WeSaR's is 1.
+        **kwargs: Foundry's other keys of `model.init_config`, accepted at their default only.
 
     Raises:
-        ValueError: If a key is unknown, or a matrix is reparameterised or its role cannot be known.
+        ValueError: If a key is unknown, a matrix is reparameterised, or the role of a matrix is not known.
     """
     kwargs.pop("name", None)
     check_init_config("he_init_", init_div_is_residual=init_div_is_residual, emb_init_std=emb_init_std, **kwargs)

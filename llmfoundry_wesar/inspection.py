@@ -1,4 +1,4 @@
-"""What a config would train, worked out without allocating a weight: `llmfoundry-wesar inspect`."""
+"""Show the initial scale of each matrix of a config's model, without allocating it: `llmfoundry-wesar inspect`."""
 
 import math
 from collections.abc import Mapping
@@ -34,18 +34,18 @@ from llmfoundry_wesar.sharded import reparameterized_layers
 
 @dataclass(frozen=True)
 class Matrix:
-    """One kind of matrix of a model: all of one role and shape.
+    """All matrices of a model with the same role and shape.
 
     Attributes:
         role: The paper's name.
         shape: (rows, columns).
-        count: How many there are in the model.
-        layer: Class of the layer that holds them.
-        virtual_std: σ_•, the standard deviation that the forward pass starts with, embedding scaling included.
-        std: σ, that of the actual weight.
-        gate: What α starts at; for weight normalisation the rows' expected norm; None without a gate.
-        update_ratio: Of Adam's first step at the full learning rate, lr·√n/‖W‖ = lr/σ for a matrix of n entries. That
-            of W_e is an upper bound: rows of tokens that do not occur in the batch do not move.
+        count: Number of these matrices.
+        layer: Class of their layer.
+        virtual_std: σ_•, the initial standard deviation of the virtual weight, with embedding scaling.
+        std: σ, the initial standard deviation of the actual weight.
+        gate: The initial α. For weight normalisation the expected norm of a row; None without a gate.
+        update_ratio: ‖ΔW‖/‖W‖ of Adam's first step at the full learning rate: lr·√n/‖W‖ = lr/σ for n entries. For W_e
+            it is an upper bound: rows of tokens that are not in the batch do not move.
     """
 
     role: str
@@ -60,13 +60,13 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A model's matrices and its number of parameters, gates and norms included."""
+    """The matrices of a model, and the number of all its parameters."""
 
     matrices: list[Matrix]
     parameters: int
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, for JSON."""
+        """Return plain data, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -83,7 +83,7 @@ class Inspection:
 
 
 def load_config(path: str, overrides: list[str] | None = None, check_data: bool = False) -> dict[str, Any]:
-    """Read a training YAML as foundry's trainer does: with overrides, interpolations, method and setting.
+    """Read a training YAML as foundry's trainer does, with overrides, interpolations, method and setting.
 
     Args:
         path: The YAML.
@@ -92,39 +92,38 @@ def load_config(path: str, overrides: list[str] | None = None, check_data: bool 
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it or an override is no YAML, a top-level key is none of the trainer's, or the method or setting
-            is not known.
+        ValueError: If the file or an override is not YAML, or a top-level key, the method or the setting is not known.
     """
     try:
         loaded = OmegaConf.load(path)
     except (YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(loaded, DictConfig):
-        raise ValueError(f"{path}: no mapping of keys to values, as a training YAML is.")
+        raise ValueError(f"{path}: this is not a training YAML, which is a mapping of keys to values.")
     for text in overrides or []:
         if "=" not in text:
-            raise ValueError(f"{text!r} is no override; write key=value.")
+            raise ValueError(f"{text!r} is not an override; write key=value.")
         try:
             loaded = OmegaConf.merge(loaded, OmegaConf.from_cli([text]))
         except YAMLError as error:
             raise ValueError(f"{text}: {error}") from error
     for key in loaded:
         if key not in TRAIN_CONFIG_KEYS:
-            fix = did_you_mean(str(key), TRAIN_CONFIG_KEYS, "put what other keys refer to under `variables`.")
-            raise ValueError(f"{key}: no key of a training config; {fix}")
+            fix = did_you_mean(str(key), TRAIN_CONFIG_KEYS, "put your own variables under `variables`.")
+            raise ValueError(f"{key}: this is not a key of a training config; {fix}")
     return expand(OmegaConf.to_container(loaded, resolve=True), check_data)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class _Start:
-    """What the initial scales of a model's matrices follow from.
+    """The values that the initial scales depend on.
 
     Attributes:
         init: `model.init_config`.
         n_layers: N.
         d_model: d.
         embedding_std: σ_e of plain layers.
-        output_std: σ_p where that does not follow from the backbone.
+        output_std: σ_p, if it does not follow from the backbone.
     """
 
     init: Mapping[str, Any]
@@ -135,32 +134,32 @@ class _Start:
 
 
 def _mpt(name: str, section: dict[str, Any]) -> tuple[nn.Module, _Start]:
-    """Build an MPT on the meta device, ours or foundry's own, whose matrices then have roles too."""
+    """Build an MPT, ours or foundry's, with roles, on the meta device."""
     for key in ("loss_fn", "use_train_metrics", "additional_train_metrics", "master_weights_dtype"):
         section.pop(key, None)
     config = (WeSaRMPTConfig if name == "wesar_mpt_causal_lm" else MPTConfig)(**{**section, "init_device": "meta"})
     init = config.init_config
     if init["name"] not in ("wesar_", *BACKBONES):
         raise ValueError(
-            f"model.init_config.name: {init['name']!r} has no σ_• in the paper; use wesar_, he_init_ or small_init_."
+            f"model.init_config.name: {init['name']!r} is not supported; use wesar_, he_init_ or small_init_."
         )
     if isinstance(config, WeSaRMPTConfig):
         return WeSaRMPTForCausalLM(config), _Start(init, config.n_layers, config.d_model, config.embedding_std)
     if config.tie_word_embeddings:
         check_tied_embedding(init.get("emb_init_std"), config.d_model, "model.tie_word_embeddings")
     model = MPTForCausalLM(config)
-    model.apply(model.param_init_fn)  # writes nothing here, but refuses what it could not initialise
+    model.apply(model.param_init_fn)  # does nothing on the meta device but check that it could initialise the model
     assign_roles(model, (config.ffn_config.get("ffn_act_fn") or {"name": "gelu"})["name"])
-    # Foundry builds lm_head after the init function has run, and torch draws it from U(−1/√d, 1/√d).
+    # Foundry builds lm_head after the init function has run, so it keeps torch's U(−1/√d, 1/√d).
     output_std = None if section.get("init_device") == "meta" else 1 / math.sqrt(3 * config.d_model)
     return model, _Start(init, config.n_layers, config.d_model, embedding_std(init, config.d_model), output_std)
 
 
 def _hf(section: dict[str, Any]) -> tuple[nn.Module, _Start]:
-    """Build a Hugging Face decoder on the meta device, whose matrices have roles."""
+    """Build a Hugging Face decoder with roles on the meta device."""
     check_hf_keys(section)
     if section.get("pretrained", True):
-        raise ValueError("model.pretrained: true starts from a checkpoint, whose scales inspect does not know.")
+        raise ValueError("model.pretrained: true is not supported: inspect does not know a checkpoint's scales.")
     config = ComposerWeSaRHFCausalLM.build_config(
         section["pretrained_model_name_or_path"],
         trust_remote_code=section.get("trust_remote_code", True),
@@ -176,14 +175,14 @@ def _hf(section: dict[str, Any]) -> tuple[nn.Module, _Start]:
 
 
 def _matrix(module: nn.Module, role: Role, start: _Start, lr: float, sigma: float | None) -> Matrix:
-    """Say what one matrix starts at.
+    """Return the initial values of one matrix.
 
     Args:
-        module: It holds the matrix.
-        role: The matrix's.
-        start: What its scale follows from.
+        module: The module of the matrix.
+        role: The role of the matrix.
+        start: The values that its scale depends on.
         lr: The learning rate.
-        sigma: σ if the optimizer holds the gates, else None.
+        sigma: σ if its gate is in the optimizer, else None.
     """
     assert isinstance(module.weight, torch.Tensor)
     rows, columns = module.weight.shape
@@ -207,7 +206,7 @@ def _matrix(module: nn.Module, role: Role, start: _Start, lr: float, sigma: floa
 
 
 def _optimizer_gates(options: Mapping[str, Any], model: nn.Module) -> WeSaRAdamW:
-    """Build the optimizer as foundry does, for its checks and for what has a gate."""
+    """Build `wesar_adamw`, which checks its options and knows which parameters have a gate."""
     if layers := reparameterized_layers(model):
         raise ValueError(second_gate(f"model.{next(iter(layers))}"))
     options = {key: value for key, value in options.items() if key not in ("name", "param_groups", "disable_grad")}
@@ -218,25 +217,25 @@ def _optimizer_gates(options: Mapping[str, Any], model: nn.Module) -> WeSaRAdamW
 
 
 def inspect_config(config: dict[str, Any]) -> Inspection:
-    """Say what each matrix of a model would start at, and count its parameters.
+    """Return the initial values of each matrix of a config's model, and the number of parameters.
 
     Args:
         config: A training config, as `load_config` returns it.
 
     Returns:
-        One row for each role and shape, in the order of the model.
+        One entry for each role and shape, in the order of the model.
 
     Raises:
-        ValueError: If the model or its init function is none whose scales are known, or the config is wrong.
+        ValueError: If the config is wrong, or the scales of the model or its init function are not known.
     """
     for section, key in (("model", "name"), ("optimizer", "lr")):
         if not isinstance(config.get(section), Mapping) or key not in config[section]:
-            raise ValueError(f"{section}.{key} is missing: inspect takes a training YAML, as the trainer does.")
+            raise ValueError(f"{section}.{key} is missing: inspect needs a training YAML.")
     section = dict(config["model"])
     name = section.pop("name")
     if name not in ("wesar_mpt_causal_lm", "mpt_causal_lm", "wesar_hf_causal_lm"):
         raise ValueError(
-            f"model.name: {name!r} has no roles to inspect; use wesar_mpt_causal_lm, mpt_causal_lm or "
+            f"model.name: {name!r} is not supported by inspect; use wesar_mpt_causal_lm, mpt_causal_lm or "
             "wesar_hf_causal_lm."
         )
     optimizer = config["optimizer"]

@@ -1,7 +1,7 @@
-"""Linear and embedding layers whose weight is reparameterised: state only, the maths is in `functional`.
+"""Linear and embedding layers with a reparameterised weight. They hold the state; the maths is in `functional`.
 
-Each reparameterisation is one mixin, combined with a linear and an embedding base. A mixin knows how the virtual
-weight follows from the layer's parameters; which scale it should start at is the business of `initialization`.
+Each reparameterisation is one mixin, combined with a linear base and an embedding base. The mixin computes the virtual
+weight from the layer's parameters. `initialization` decides the scale at which it starts.
 """
 
 import math
@@ -24,7 +24,7 @@ class ScaledEmbedding(SharedEmbedding):
     r"""Foundry's embedding with its output multiplied by a constant, :math:`y = c\,W_{t}`.
 
     Embedding scaling of Vaswani et al. (2017) and Takase et al. (2023): with :math:`c = 1/\sigma_e` the output has unit
-    variance. As an unembedding (`unembed=True`) the matrix is used unscaled, as it is in foundry.
+    variance. As an unembedding (`unembed=True`) the matrix is not scaled, as in foundry.
 
     Shape:
         ids (...) -> (..., embedding_dim); unembed: (..., embedding_dim) -> (..., num_embeddings).
@@ -43,7 +43,7 @@ class ScaledEmbedding(SharedEmbedding):
         self.scale = scale
 
     def virtual_weight(self) -> Tensor:
-        """The matrix that the layer computes with, (num_embeddings, embedding_dim)."""
+        """Return the matrix of the forward pass, (num_embeddings, embedding_dim)."""
         return self.weight
 
     def forward(self, input: Tensor, unembed: bool = False) -> Tensor:
@@ -57,21 +57,21 @@ class ScaledEmbedding(SharedEmbedding):
 
 
 class Reparameterized(nn.Module):
-    """What the reparameterised layers share: an actual weight, and a gate α that `virtual_weight` applies to it."""
+    """Base of the reparameterised layers: an actual weight W and a gate α, which give the virtual weight."""
 
     weight: nn.Parameter
     gate: Tensor
 
     def virtual_weight(self) -> Tensor:
-        """The virtual weight that the layer computes with, of the shape of `weight`."""
+        """Return the weight of the forward pass, with the shape of `weight`."""
         raise NotImplementedError
 
     def start_gate_(self, scale: float, gain_init: GainInit = "method") -> None:
-        """Set the gate once the actual weight has its initial values.
+        """Set the gate to its initial value. Call it after the actual weight has been initialised.
 
         Args:
             scale: σ_•/σ, the ratio of the virtual weight's standard deviation to the actual one's.
-            gain_init: `backbone`, so that the virtual weight is `scale` × the actual one; or what the method defines.
+            gain_init: `backbone` makes the virtual weight `scale` × W; `method` takes the method's own value.
         """
         raise NotImplementedError
 
@@ -79,7 +79,7 @@ class Reparameterized(nn.Module):
     def expected_start(
         cls, shape: tuple[int, int], sigma: float, backbone_std: float, gain_init: GainInit = "method"
     ) -> tuple[float, float]:
-        """What `start_gate_` comes to, for a Gaussian matrix that need not exist.
+        """Return the value that `start_gate_` would set for a Gaussian matrix, without the matrix.
 
         Args:
             shape: (rows, columns).
@@ -124,14 +124,14 @@ class Gated(Reparameterized):
         return functional.gated_weight(self.weight, self._broadcast_gate())
 
     def start_gate_(self, scale: float, gain_init: GainInit = "method") -> None:
-        """Set α to `scale`: that is what WeSaR defines, so both values of `gain_init` mean the same."""
+        """Set α to `scale`, for both values of `gain_init`, since WeSaR defines it so."""
         nn.init.constant_(self.gate, scale)
 
     @classmethod
     def expected_start(
         cls, shape: tuple[int, int], sigma: float, backbone_std: float, gain_init: GainInit = "method"
     ) -> tuple[float, float]:
-        """σ_•/σ and σ_•."""
+        """Return σ_•/σ and σ_•."""
         return backbone_std / sigma, backbone_std
 
 
@@ -145,7 +145,7 @@ class GatedLinear(Gated, nn.Linear):
         device: As for `nn.Linear`.
         dtype: As for `nn.Linear`.
         gate_shape: One α for the matrix (`scalar`, the paper), for each row or for each column (arXiv 2601.04890).
-        trainable: Whether α is trained. If not, it is a buffer: no optimizer sees it (Table 7, fixed α).
+        trainable: Whether α is trained. If not, it is a buffer and not a parameter (Table 7, fixed α).
 
     Parameters:
         weight: (O, I), the actual weight W.
@@ -153,7 +153,7 @@ class GatedLinear(Gated, nn.Linear):
         bias: (O,).
 
     Raises:
-        ValueError: If `gate_shape` is unknown, or `trainable` no boolean.
+        ValueError: If `gate_shape` is unknown or `trainable` is not a boolean.
 
     >>> layer = GatedLinear(8, 4, bias=False)
     >>> {name: tuple(p.shape) for name, p in layer.named_parameters()}
@@ -178,7 +178,7 @@ class GatedLinear(Gated, nn.Linear):
 
 
 class GatedEmbedding(Gated, ScaledEmbedding):
-    """An embedding with a trainable gate on its matrix; arguments as `ScaledEmbedding` and `GatedLinear` have them."""
+    """An embedding with a gate on its matrix. For the arguments see `ScaledEmbedding` and `GatedLinear`."""
 
     def __init__(self, *args: Any, gate_shape: GateShape = "scalar", trainable: bool = True, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -187,7 +187,7 @@ class GatedEmbedding(Gated, ScaledEmbedding):
     def forward(self, input: Tensor, unembed: bool = False) -> Tensor:
         if unembed:
             return functional.gated_linear(input, self.weight, self._broadcast_gate())
-        # Gating the rows that were looked up is cheaper than gating the vocabulary.
+        # Multiply only the rows that were looked up, not the whole matrix.
         gate = F.embedding(input, self._broadcast_gate()) if self.gate_shape == "row" else self.gate
         output = F.embedding(input, self.weight, self.padding_idx) * gate
         return output if self.scale == 1.0 else output * self.scale
@@ -203,7 +203,7 @@ class WeightNormalized(Reparameterized):
         return functional.weight_norm(self.weight, self.gate)
 
     def start_gate_(self, scale: float, gain_init: GainInit = "method") -> None:
-        """Set the gains to the rows' norms, as torch does; by backbone to `scale` times that."""
+        """Set the gains to the norms of the rows, as torch does; with `backbone` to `scale` times these."""
         factor = scale if gain_init == "backbone" else 1.0
         with torch.no_grad():
             self.gate.copy_(factor * torch.linalg.vector_norm(self.weight, dim=1))
@@ -212,7 +212,7 @@ class WeightNormalized(Reparameterized):
     def expected_start(
         cls, shape: tuple[int, int], sigma: float, backbone_std: float, gain_init: GainInit = "method"
     ) -> tuple[float, float]:
-        """The norm of a row, √columns times its standard deviation, and that standard deviation."""
+        """Return the expected norm of a row, √columns × std, and std."""
         std = backbone_std if gain_init == "backbone" else sigma
         return std * math.sqrt(shape[1]), std
 
@@ -226,7 +226,7 @@ class WeightNormLinear(WeightNormalized, _ReparameterizedLinear):
 
 
 class WeightNormEmbedding(WeightNormalized, ScaledEmbedding):
-    """An embedding with weight normalisation; arguments as `ScaledEmbedding` has them."""
+    """An embedding with weight normalisation. For the arguments see `ScaledEmbedding`."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -236,9 +236,8 @@ class WeightNormEmbedding(WeightNormalized, ScaledEmbedding):
 class SpectrallyNormalized(Reparameterized):
     """σReparam: the virtual weight is αW/‖W‖₂ (Zhai et al. 2023; paper, appendix C.2).
 
-    The singular vectors u and v are buffers. They move by one power iteration in the first forward pass after
-    `iterate` was set, which the callback `power_iteration` does once a step: microbatches and recomputed activations
-    of one step share one ‖W‖₂.
+    The singular vectors u and v are buffers. The callback `power_iteration` sets `iterate` once a step, and the next
+    forward pass makes one power iteration. So all microbatches and recomputed activations of a step have one ‖W‖₂.
     """
 
     left: Tensor
@@ -253,22 +252,22 @@ class SpectrallyNormalized(Reparameterized):
         self.register_buffer("right", self.weight.new_full((columns,), columns**-0.5))
 
     def iterate_(self, steps: int = 1) -> None:
-        """Move u and v by `steps` power iterations."""
+        """Update u and v by `steps` power iterations."""
         for _ in range(steps):
             left, right = functional.power_iteration(self.weight, self.left, self.right)
             self.left.copy_(left)
             self.right.copy_(right)
 
     def virtual_weight(self) -> Tensor:
-        # Copies, since the next step's iteration writes to the buffers that autograd may hold.
+        # Pass copies: autograd may keep them, and the next step's iteration writes to the buffers.
         return functional.sigma_reparam(
             self.weight, self.gate, self.left.clone(), self.right.clone(), self.differentiable_norm
         )
 
     def start_gate_(self, scale: float, gain_init: GainInit = "method") -> None:
-        """Warm u and v up, then set α to 1; by backbone to `scale` × ‖W‖₂."""
+        """Find u and v by 32 power iterations, then set α to 1; with `backbone` to `scale` × ‖W‖₂."""
         with torch.no_grad():
-            # The same start on every rank and device: the signs are those of a fixed sequence, not a random draw.
+            # Start from a fixed sequence, not from random numbers, so that all ranks and devices get the same u and v.
             angles = torch.arange(len(self.left), device=self.left.device, dtype=torch.float64)
             self.left.copy_(F.normalize(torch.cos(angles * angles), dim=0))
             self.iterate_(steps=32)
@@ -279,21 +278,22 @@ class SpectrallyNormalized(Reparameterized):
     def expected_start(
         cls, shape: tuple[int, int], sigma: float, backbone_std: float, gain_init: GainInit = "method"
     ) -> tuple[float, float]:
-        """With ‖W‖₂ ≈ σ(√rows + √columns), the limit for a Gaussian matrix (Davidson and Szarek 2001)."""
+        """As in the base class, with ‖W‖₂ ≈ σ(√rows + √columns) for a Gaussian matrix (Davidson and Szarek 2001)."""
         spread = math.sqrt(shape[0]) + math.sqrt(shape[1])
         return (backbone_std * spread, backbone_std) if gain_init == "backbone" else (1.0, 1 / spread)
 
     def step_power_iteration(self) -> None:
-        """Move u and v once if `iterate` is set.
+        """Update u and v once if `iterate` is set.
 
         Raises:
-            RuntimeError: In training, if nothing has ever set `iterate`.
+            RuntimeError: In training, if `iterate` was never set.
         """
         if not self.training:
             return
         if self.iterate is None:
             raise RuntimeError(
-                "σReparam would train with a stale ‖W‖₂: add `callbacks: {power_iteration: {}}`, one iteration a step."
+                "callbacks.power_iteration is missing: σReparam needs one power iteration a step, else ‖W‖₂ is not "
+                "updated. Add `callbacks: {power_iteration: {}}`."
             )
         if self.iterate:
             self.iterate_()
@@ -322,7 +322,7 @@ class SigmaReparamLinear(SpectrallyNormalized, _ReparameterizedLinear):
 
 
 class SigmaReparamEmbedding(SpectrallyNormalized, ScaledEmbedding):
-    """An embedding with σReparam; arguments as `ScaledEmbedding` and `SigmaReparamLinear` have them."""
+    """An embedding with σReparam. For the arguments see `ScaledEmbedding` and `SigmaReparamLinear`."""
 
     def __init__(self, *args: Any, differentiable_norm: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -333,7 +333,7 @@ class SigmaReparamEmbedding(SpectrallyNormalized, ScaledEmbedding):
         return super().forward(input, unembed)
 
 
-# The embedding that carries the same reparameterisation as a linear class.
+# The embedding class with the same reparameterisation as each linear class.
 EMBEDDINGS: dict[type[nn.Linear], type[ScaledEmbedding]] = {
     nn.Linear: ScaledEmbedding,
     GatedLinear: GatedEmbedding,

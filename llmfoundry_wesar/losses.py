@@ -16,10 +16,10 @@ from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
 
-# Logits in one chunk on a CPU. The float32 copies of a chunk are all that is held beside the logits and their gradient.
+# Number of logits in one chunk on a CPU. Only a chunk has float32 copies.
 _CHUNK = 2**23
-# Larger with the projection, where each chunk also adds a V×d product to the weight's gradient. On a GPU the chunk is
-# in bfloat16, twice 512 MiB with its gradient.
+# Chunks are larger with the projection, since each adds a V×d product to the weight's gradient. On a GPU a chunk and
+# its gradient, in bfloat16, take 512 MiB each.
 PROJECTED_CHUNK = {"cpu": 2**26, "cuda": 2**28}
 
 
@@ -27,7 +27,7 @@ class LossTerms(NamedTuple):
     """A loss and its two terms, each a mean over the unmasked tokens.
 
     Attributes:
-        total: `cross_entropy + z_loss`, the one to differentiate.
+        total: `cross_entropy + z_loss`. Only this one can be differentiated.
         cross_entropy: In nats; detached.
         z_loss: ζ·mean(lse²); detached.
     """
@@ -38,15 +38,15 @@ class LossTerms(NamedTuple):
 
 
 def _chunks(tokens: int, vocabulary: int, limit: int) -> Iterator[slice]:
-    # A power of two: a GPU's matrix product wants aligned sizes, and equal chunks are compiled once.
+    # A power of two, since aligned sizes are faster in a GPU's matrix product. Chunks of one size are compiled once.
     size = 1 << max(0, (limit // vocabulary).bit_length() - 1)
     return (slice(start, start + size) for start in range(0, tokens, size))
 
 
 def _log_softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities (T, V) in at least float32, those of the targets (T), and lse (T)."""
+    """Return log-probabilities (T, V) in at least float32, those of the targets (T), and lse (T)."""
     log_p = torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    # A masked token takes entry 0 here; what follows leaves it out.
+    # Use entry 0 for masked tokens. The callers exclude them.
     index = targets.clamp(min=0).unsqueeze(-1)
     target_log_p = log_p.gather(-1, index).squeeze(-1)
     return log_p, target_log_p, logits.gather(-1, index).squeeze(-1) - target_log_p
@@ -60,14 +60,14 @@ def _logits_gradient_(p: Tensor, targets: Tensor, lse: Tensor, z_loss: float, sc
 
 
 def _row_terms(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of the target and lse of each row, (T) and (T), as `_log_softmax`; compiled, one read of x."""
+    """Return the target's log-probability and lse, (T) and (T). The compiled function reads the logits once."""
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     lse = torch.logsumexp(x, -1)
     return x.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1) - lse, lse
 
 
 def _gradient(logits: Tensor, targets: Tensor, lse: Tensor, z_loss: float, scale: Tensor) -> Tensor:
-    """∂L/∂x (T, V) as `_logits_gradient_`, in the dtype of x; compiled, one read of x and one write."""
+    """Return ∂L/∂x (T, V) in the dtype of x. The compiled function reads the logits once and writes once."""
     row = (targets != IGNORE_INDEX).to(lse.dtype) * scale
     p = torch.exp(logits.to(lse.dtype) - lse.unsqueeze(-1)) * (row * (1 + 2 * z_loss * lse)).unsqueeze(-1)
     is_target = torch.arange(logits.size(-1), device=logits.device) == targets.unsqueeze(-1)
@@ -75,7 +75,7 @@ def _gradient(logits: Tensor, targets: Tensor, lse: Tensor, z_loss: float, scale
 
 
 def _takes_kernels(logits: Tensor) -> bool:
-    """Whether to use the compiled functions. A CPU is faster with torch's softmax over chunks that fit its cache."""
+    """Return whether to use the compiled functions. On a CPU torch's softmax over chunks is faster."""
     return logits.is_cuda
 
 
@@ -84,7 +84,7 @@ _compiled_gradient = torch.compile(_gradient, dynamic=False)
 
 
 def _terms(target_log_p: Tensor, lse: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The three loss terms and n, which is 1 if every token is masked, so that the loss is 0 then."""
+    """Return the three loss terms and n. If all tokens are masked, n is 1 and the loss 0."""
     unmasked = targets != IGNORE_INDEX
     n = unmasked.sum().clamp(min=1)
     cross_entropy = -torch.where(unmasked, target_log_p, 0).sum() / n
@@ -114,16 +114,16 @@ class _CrossEntropy(torch.autograd.Function):
             return _compiled_gradient(logits, targets, lse, ctx.z_loss, grad_total / n), None, None
         gradient = torch.empty_like(logits)
         for c in _chunks(len(logits), logits.size(1), _CHUNK):
-            # Softmax again: half the memory between the passes, and one rounding in place of two.
+            # Compute the softmax again. To keep it would take twice the memory and round a second time.
             p = torch.softmax(logits[c], -1, dtype=lse.dtype)
             gradient[c] = _logits_gradient_(p, targets[c], lse[c], ctx.z_loss, grad_total / n)
         return gradient, None, None
 
 
-# An operator of its own: `torch.compile` takes it as it is, and does not unroll the chunks into its graph.
+# A custom operator, so that `torch.compile` does not unroll the loop over chunks.
 @torch.library.custom_op("llmfoundry_wesar::linear_cross_entropy", mutates_args=())
 def _projected(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities of the targets and lse (T), and n times both gradients of the loss."""
+    """Return the targets' log-probabilities (T), lse (T), and n times the gradients for `hidden` and `weight`."""
     grad_hidden = torch.empty_like(hidden)
     grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
     one = torch.ones((), device=hidden.device)
@@ -151,7 +151,7 @@ def _(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -> tuple[T
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Both gradients come with the value, up to the factor ∂/∂total / n: logits are computed once and never kept."""
+    """Compute both gradients with the value, except for the factor (∂/∂total)/n, so that logits are not kept."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -174,11 +174,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> LossTerms:
-    r"""Cross-entropy and z-loss, the mean over the unmasked tokens.
+    r"""Compute cross-entropy and z-loss, as means over the unmasked tokens.
 
-    One pass over the logits gives the value, and in the backward pass one more gives their gradient in their dtype,
-    :math:`((1 + 2\zeta\,\mathrm{lse}_i)\,p_{iv} - 1[v = t_i])/n`. The logits themselves are left as they are.
-    Arithmetic is in float32: on a CPU for a chunk of tokens at a time, on a GPU within one compiled kernel a pass.
+    One pass over the logits gives the value. In the backward pass one more gives their gradient in their dtype,
+    :math:`((1 + 2\zeta\,\mathrm{lse}_i)\,p_{iv} - 1[v = t_i])/n`. The logits are not changed. The arithmetic is in
+    float32: on a CPU for one chunk of tokens at a time, on a GPU in one compiled kernel for each pass.
 
     Args:
         logits: (..., V).
@@ -191,11 +191,11 @@ def cross_entropy(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> LossT
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> LossTerms:
-    r"""`cross_entropy` of the logits ``hidden @ weight.T``, which never exist as a whole.
+    r"""Compute `cross_entropy` of the logits ``hidden @ weight.T`` without storing all logits.
 
-    Each chunk of tokens is projected, turned into its gradient and multiplied back at once. The products are in the
-    dtype that `nn.functional.linear` would use, under autocast too; the weight's gradient is summed over the chunks in
-    float32. No value is read back to the host.
+    For each chunk of tokens the logits, their gradient and its products are computed at once. The products have the
+    dtype of `nn.functional.linear`, also under autocast. The weight's gradient is summed over the chunks in float32.
+    The host does not wait for any value.
 
     Args:
         hidden: (..., d), input of the output projection.
@@ -211,16 +211,16 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss
 
 
 class LossHead(nn.Module):
-    """Mixin for an output projection without bias: given targets, its forward returns the loss in place of the logits.
+    """Mixin for an output projection without bias. Its forward returns the loss if it is given targets.
 
-    FSDP gathers a module's parameters around that module's own forward and nowhere else, so the fused loss has to be
-    computed there. The layer it is mixed into, on its right, has a `virtual_weight()`.
+    FSDP gathers a module's parameters only for the module's own forward, so the fused loss has to be computed there.
+    The layer class after the mixin must have `virtual_weight()`.
     """
 
     virtual_weight: Callable[[], Tensor]
 
     def forward(self, input: Tensor, targets: Tensor | None = None, z_loss: float = 0.0) -> Tensor | LossTerms:
-        """Logits (..., V) of `input` (..., d), or with `targets` (...) what `linear_cross_entropy` makes of them."""
+        """Return the logits (..., V) of `input` (..., d), or with `targets` (...) their `linear_cross_entropy`."""
         if targets is None:
             return super().forward(input)
         return linear_cross_entropy(input, self.virtual_weight(), targets, z_loss)
@@ -230,5 +230,5 @@ class LossLinear(LossHead, nn.Linear):
     """`nn.Linear` as a `LossHead`."""
 
     def virtual_weight(self) -> Tensor:
-        """The weight itself."""
+        """Return the weight."""
         return self.weight

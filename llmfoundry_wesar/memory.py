@@ -1,4 +1,4 @@
-"""Estimate the memory that training takes on each GPU: `llmfoundry-wesar inspect CONFIG --gpus N`."""
+"""Estimate the memory that training needs on each GPU, for `llmfoundry-wesar inspect CONFIG --gpus N`."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -7,23 +7,23 @@ from typing import Any
 from llmfoundry_wesar.losses import PROJECTED_CHUNK
 
 GIB = 2**30
-# 80 GB are 74.5 GiB; the 79.6 GiB of an H100 leave 5 for CUDA, NCCL and gaps between allocations.
+# 80 GB are 74.5 GiB. An H100 has 79.6 GiB; the rest is for CUDA, NCCL and gaps between allocations.
 CAPACITY = 80e9 / GIB
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What one of the GPUs holds at the peak of a training step, in GiB.
+    """Memory of one GPU at the peak of a training step, in GiB.
 
     Attributes:
-        gpus: Their number; FSDP shards over all of them.
-        parameters: In float32, this GPU's part.
-        gradients: The same.
-        optimizer: Two moments in float32, the same.
-        copies: Parameters in bfloat16: what FSDP has gathered, or what autocast keeps from forward to backward.
-        activations: Kept for the backward pass of one microbatch.
-        logits: And their gradient; under `fused_loss` those of a chunk, and the gradients that are computed from them.
-        peak: The most at one time. With a single microbatch a step, gradients only come as activations go.
+        gpus: Number of GPUs. FSDP shards over all of them.
+        parameters: This GPU's part of the parameters, in float32.
+        gradients: This GPU's part of the gradients, in float32.
+        optimizer: This GPU's part of the two moments, in float32.
+        copies: Parameters in bfloat16: those that FSDP has gathered, or that autocast keeps for the backward pass.
+        activations: Activations that are kept for the backward pass of one microbatch.
+        logits: Logits and their gradient. Under `fused_loss` those of one chunk, and the gradients computed from them.
+        peak: The largest sum. With one microbatch a step, activations are freed while gradients are computed.
     """
 
     gpus: int
@@ -37,27 +37,27 @@ class Memory:
 
     @property
     def fits(self) -> bool:
-        """Whether 80 GB hold it."""
+        """Whether the peak is at most 80 GB."""
         return self.peak <= CAPACITY
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, for JSON."""
+        """Return plain data, for JSON."""
         return asdict(self) | {"fits_80_gb": self.fits}
 
     def __str__(self) -> str:
         parts = {key: value for key, value in asdict(self).items() if key not in ("gpus", "peak")}
         lines = [f"{name:<12}{value:7.1f} GiB" for name, value in (parts | {"peak": self.peak}).items()]
-        verdict = "80 GB hold it" if self.fits else "80 GB do not hold it"
+        verdict = "fits into 80 GB" if self.fits else "does not fit into 80 GB"
         return "\n".join([f"each of {self.gpus} GPUs:", *lines, f"{verdict} ({CAPACITY:.1f} GiB)"])
 
 
 def _block(model: Mapping[str, Any], compiled: bool) -> float:
-    """Bytes that a block keeps of each token, under autocast to bfloat16 and with fused attention.
+    """Return the bytes that a block keeps for each token, under autocast to bfloat16 and with fused attention.
 
-    The residual stream is float32. A block keeps it in front of both norms (4d each), what it is cast to for W_q, W_k
-    and W_v (2d each) and for W_u (2d), queries, keys, values and the attention's output (2 bytes an entry), and the
-    feed-forward layer's hidden values before and after the activation. Compiled, the casts for W_q, W_k and W_v are
-    computed again instead.
+    The residual stream is float32. A block keeps the inputs of both norms (4d each), the bfloat16 inputs of W_q, W_k,
+    W_v and W_u (2d each), queries, keys, values and the attention's output (2 bytes an entry), and the hidden values of
+    the feed-forward layer before and after the activation. A compiled block computes the inputs of W_q, W_k and W_v
+    again.
     """
     d, attention = model["d_model"], model.get("attn_config") or {}
     heads = attention.get("kv_n_heads") or model["n_heads"]
@@ -70,37 +70,37 @@ def _block(model: Mapping[str, Any], compiled: bool) -> float:
 def estimate(config: Mapping[str, Any], parameters: int, gpus: int) -> Memory:
     """Estimate the peak memory of a training step with AdamW in `amp_bf16`.
 
-    On an H100 the peaks of `wesar` and `small_init` at 130M and 1.3B, eager and compiled, were within 1% of this.
+    On an H100 the estimates for `wesar` and `small_init` at 130M and 1.3B, eager and compiled, were within 1%.
 
     Args:
         config: A training config, as `inspection.load_config` returns it, with a model of the MPT family.
-        parameters: Their number.
-        gpus: Over how many of them FSDP shards the model. One GPU holds all of it.
+        parameters: Number of parameters.
+        gpus: Number of GPUs over which FSDP shards the model.
 
     Raises:
-        ValueError: If the microbatch is no number, or the model is no MPT.
+        ValueError: If the microbatch is not a number, or the model is not an MPT.
     """
     model, fsdp = config["model"], config.get("fsdp_config") or {}
     microbatch = config.get("device_train_microbatch_size")
     if not isinstance(microbatch, int):
         raise ValueError(
-            f"device_train_microbatch_size: {microbatch!r} is not a number of sequences, which --gpus needs: set one."
+            f"device_train_microbatch_size: {microbatch!r} is not a number; --gpus needs a number of sequences."
         )
     if "mpt" not in model["name"]:
-        raise ValueError(f"model.name: {model['name']} is not known to --gpus, which needs wesar_mpt_causal_lm.")
+        raise ValueError(f"model.name: {model['name']} is not supported by --gpus; use wesar_mpt_causal_lm.")
     d, layers, vocabulary = model["d_model"], model["n_layers"], model["vocab_size"]
     tokens = microbatch * config["max_seq_len"]
     shards = gpus if fsdp else 1
     block = _block(model, compiled=config.get("compile_config") is not None)
     kept = (layers * 4 * d + block) if fsdp.get("activation_checkpointing") else layers * block
-    # And the rows of W_e, the stream in front of the last norm, and what that is cast to.
+    # Also the output of W_e, the input of the last norm, and the bfloat16 input of W_p.
     activations = tokens * (kept + 10 * d)
     logits = 4.0 * tokens * vocabulary
     if model.get("fused_loss"):
         logits = min(logits, 4.0 * PROJECTED_CHUNK["cuda"]) + 8 * vocabulary * d + 4 * tokens * d
     copies = 2.0 * parameters
     if shards > 1 and fsdp.get("sharding_strategy", "FULL_SHARD") == "FULL_SHARD":
-        # W_e and W_p, and two blocks, of which one is fetched ahead.
+        # W_e, W_p and two blocks: the current one and the next one, which is gathered in advance.
         matrices = 2 * vocabulary * d
         copies = 2.0 * (matrices + 2 * (parameters - matrices) / layers)
     elif shards == 1 and (model.get("fc_type") or {}).get("name") == "wesar":

@@ -1,4 +1,4 @@
-"""`wesar_mpt_causal_lm`: foundry's MPT with what the compared methods need, and everything else stock."""
+"""`wesar_mpt_causal_lm`: foundry's MPT with the options of the compared methods."""
 
 import difflib
 import functools
@@ -40,11 +40,10 @@ from llmfoundry_wesar.layers import (
 from llmfoundry_wesar.losses import LossHead, LossLinear, LossTerms, cross_entropy
 from llmfoundry_wesar.roles import ROLES
 
-# Init functions that draw each matrix by its role; the first is for reparameterised layers, the second for plain ones.
+# Init functions by role, for reparameterised and for plain layers.
 _ROLE_INITS = ("wesar_", "he_init_")
 
-
-# What the stock forward takes from a batch.
+# The keys of a batch that the stock forward uses.
 _INPUTS = ("input_ids", "attention_mask", "sequence_id", "inputs_embeds", "position_ids")
 
 
@@ -57,7 +56,7 @@ class WeightNormLossHead(LossHead, WeightNormLinear):
 
 
 class SigmaReparamLossHead(LossHead, SigmaReparamLinear):
-    """`SigmaReparamLinear` as a `LossHead`, with its power iteration in front of the fused loss as well."""
+    """`SigmaReparamLinear` as a `LossHead`, with its power iteration before the fused loss too."""
 
     def forward(self, input: Tensor, targets: Tensor | None = None, z_loss: float = 0.0) -> Tensor | LossTerms:
         """As `LossHead.forward`."""
@@ -75,7 +74,7 @@ _LOSS_HEADS: dict[type[nn.Module], type[LossHead]] = {
 
 
 def arguments(cls: Callable) -> list[str]:
-    """The names that a class has itself for what it is built with, without *args and **kwargs; so for a function."""
+    """Return the names of the parameters of a class's constructor or of a function, without *args and **kwargs."""
     parameters = inspect.signature(cls).parameters.values()
     return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
@@ -85,16 +84,16 @@ class WeSaRMPTConfig(MPTConfig):
 
     Args:
         z_loss: Coefficient of the mean squared log-partition added to the loss (paper, Table 3: 1e-4).
-        embedding_scaling: Multiply the embedding's output by 1/σ_e, a constant (Takase et al. 2023). WeSaR has that in
-            the gate of W_e instead, unless this is set: then that gate starts at 1.
-        embedding_norm: Put a norm of `norm_type` on the embedding (Le Scao et al. 2022).
+        embedding_scaling: Multiply the embedding's output by the constant 1/σ_e (Takase et al. 2023). In WeSaR this
+            factor is in the gate of W_e. If the key is set, that gate starts at 1.
+        embedding_norm: Apply a norm of `norm_type` to the embedding's output (Le Scao et al. 2022).
         residual_scaling: Multiply every residual branch by 1/√2N (Noci et al. 2022; paper, appendix C.3).
         norm_placement: `pre`, or `post` for Post-LN.
-        fused_loss: Compute W_p's product and the loss together in training, so that the logits never exist as a whole.
+        fused_loss: In training compute the loss together with the product with W_p, without storing all logits.
         **kwargs: As for `MPTConfig`.
 
     Raises:
-        ValueError: If the options do not go together; the message names key, value and fix.
+        ValueError: If options exclude each other. The message names key, value and fix.
     """
 
     def __init__(
@@ -117,7 +116,7 @@ class WeSaRMPTConfig(MPTConfig):
 
     @property
     def fc_class(self) -> type[nn.Linear]:
-        """The class of `fc_type`."""
+        """The class that `fc_type` names."""
         return fcs.get(self.fc_type["name"])  # type: ignore[return-value]
 
     @property
@@ -127,7 +126,7 @@ class WeSaRMPTConfig(MPTConfig):
 
     @property
     def embedding_std(self) -> float:
-        """σ_e, the standard deviation that the embedding's virtual weight starts with, before its output is scaled."""
+        """σ_e, the initial standard deviation of the embedding's virtual weight, without embedding scaling."""
         init, fc_class = self.init_config, self.fc_class
         if issubclass(fc_class, Gated):
             return init["sigma"]
@@ -137,18 +136,18 @@ class WeSaRMPTConfig(MPTConfig):
         if std := embedding_std(init, self.d_model):
             return std
         raise ValueError(
-            f"model.embedding_scaling: true needs σ_e, and model.init_config.name: {init['name']} does not tell it; "
-            "set model.init_config.emb_init_std, or use small_init_, he_init_ or wesar_."
+            f"model.embedding_scaling: true needs σ_e, which is not known for model.init_config.name: {init['name']}. "
+            "Set model.init_config.emb_init_std, or use small_init_, he_init_ or wesar_."
         )
 
     def _check_fc_options(self) -> None:
-        """Refuse an option of `fc_type` that its class lacks; of classes that are not ours nothing is known."""
+        """Refuse an option that the class of `fc_type` does not have. Classes of other packages are not checked."""
         if self.fc_class in EMBEDDINGS:
             known = {*arguments(self.fc_class)} - {*arguments(nn.Linear)}
             for key in self.fc_type.keys() - known - {"name", "bias", "device"}:
                 raise ValueError(
-                    f"model.fc_type.{key}: {self.fc_type[key]!r} is no option of {self.fc_type['name']}, which has "
-                    f"{', '.join(sorted(known)) or 'none'}; remove it."
+                    f"model.fc_type.{key}: {self.fc_type[key]!r} is no option of {self.fc_type['name']}; remove it. "
+                    f"Its options are: {', '.join(sorted(known)) or 'none'}."
                 )
 
     def _validate_config(self) -> None:
@@ -162,7 +161,7 @@ class WeSaRMPTConfig(MPTConfig):
             raise ValueError(f"model.norm_placement: {self.norm_placement!r} is not one of pre, post.")
         if self.norm_placement == "post" and getattr(self, "fuse_norm_attn_norm", False):
             raise ValueError(
-                "model.norm_placement: post does not go with fuse_norm_attn_norm: true; set that to false."
+                "model.norm_placement: post does not work with fuse_norm_attn_norm: true; set that to false."
             )
         if self.fc_type["name"] not in fcs:
             raise ValueError(
@@ -172,32 +171,33 @@ class WeSaRMPTConfig(MPTConfig):
         if self.fused_loss:
             for key in ("tie_word_embeddings", "logit_scale", "final_logit_softcapping"):
                 if getattr(self, key):
-                    raise ValueError(f"model.fused_loss: true does not go with {key}: {getattr(self, key)}; drop one.")
+                    raise ValueError(
+                        f"model.fused_loss: true does not work with {key}: {getattr(self, key)}; remove one of them."
+                    )
             if self.fc_class not in _LOSS_HEADS:
                 raise ValueError(
-                    f"model.fused_loss: true does not go with fc_type.name: {self.fc_type['name']}; set it to false."
+                    f"model.fused_loss: true does not work with fc_type.name: {self.fc_type['name']}; set it to false."
                 )
         reparameterized = issubclass(self.fc_class, Reparameterized)
         init = self.init_config["name"]
         if reparameterized and init != "wesar_":
             raise ValueError(
-                f"model.init_config.name: {init} is a plain init function, and the layers of model.fc_type.name: "
-                f"{self.fc_type['name']} have gates to start: "
-                "set `model.init_config: {name: wesar_, sigma: 0.0063245553, backbone: he}`."
+                f"model.init_config.name: {init} does not initialise the gates of model.fc_type.name: "
+                f"{self.fc_type['name']}. Set `model.init_config: {{name: wesar_, sigma: 0.0063245553, backbone: he}}`."
             )
         if not reparameterized and init == "wesar_":
             raise ValueError(
-                f"model.init_config.name: wesar_ leaves the scale of each matrix to a gate, which "
-                f"`model.fc_type: {self.fc_type['name']}` lacks: set `model.fc_type: {{name: wesar}}`."
+                f"model.init_config.name: wesar_ needs layers with gates, and `model.fc_type: {self.fc_type['name']}` "
+                "has none. Set `model.fc_type: {name: wesar}`."
             )
         if reparameterized and self.tie_word_embeddings:
             raise ValueError(
-                "model.tie_word_embeddings: true would give W_e and W_p one gate, and they need very different ones: "
-                "set it to false."
+                "model.tie_word_embeddings: true would give W_e and W_p the same gate, but they need very different "
+                "ones. Set it to false."
             )
         if reparameterized and self.attn_config["fused_qkv"]:
             raise ValueError(
-                "model.attn_config.fused_qkv: true would give W_q, W_k and W_v one gate between them: set it to false."
+                "model.attn_config.fused_qkv: true would give W_q, W_k and W_v one common gate. Set it to false."
             )
         if self.tie_word_embeddings:
             check_tied_embedding(self.init_config.get("emb_init_std"), self.d_model, "model.tie_word_embeddings")
@@ -213,43 +213,43 @@ class WeSaRMPTConfig(MPTConfig):
             activation_gain(self.activation)
         if self.ffn_config["ffn_type"] not in ("mptmlp", "mptglu"):
             raise ValueError(
-                f"model.ffn_config.ffn_type: {self.ffn_config['ffn_type']} has matrices that {init} does not know; "
-                "use mptmlp or mptglu."
+                f"model.ffn_config.ffn_type: {self.ffn_config['ffn_type']} has matrices without a known role, which "
+                f"{init} needs; use mptmlp or mptglu."
             )
         if self.learned_pos_emb and reparameterized:
             raise ValueError(
-                "model.learned_pos_emb: true has no reparameterised layer; the paper has RoPE: "
-                "set `learned_pos_emb: false`, `attn_config: {rope: true, rope_impl: hf}`."
+                "model.learned_pos_emb: true is not supported with gated layers; the paper uses RoPE. "
+                "Set `learned_pos_emb: false` and `attn_config: {rope: true, rope_impl: hf}`."
             )
 
 
 def did_you_mean(key: str, known: Iterable[str], otherwise: str) -> str:
-    """What to do about an unknown key: take the known one that is spelt like it, or what to do if none is."""
+    """Return the advice for an unknown key: the known key with a similar name, or `otherwise` if there is none."""
     close = difflib.get_close_matches(key, known)
     return f"did you mean {close[0]}?" if close else otherwise
 
 
 def check_keys(model: Mapping[str, Any]) -> None:
-    """Refuse what a config itself would take without a word in a YAML's `model` section.
+    """Refuse unknown keys in a YAML's `model` section, which the config class would ignore.
 
     Raises:
-        ValueError: If neither foundry's model, nor its config or that one's base, nor `WeSaRMPTConfig` have a key, or
-            the options of the loss do not go together.
+        ValueError: If foundry's model and config classes and `WeSaRMPTConfig` do not know a key, or if options of the
+            loss exclude each other.
     """
     own = {*arguments(ComposerMPTCausalLM), *arguments(MPTConfig), *arguments(WeSaRMPTConfig)}
-    own.add("fuse_norm_attn_norm")  # foundry's blocks read it, although no signature has it
+    own.add("fuse_norm_attn_norm")  # read by foundry's blocks, but in no signature
     known = own | vars(PretrainedConfig()).keys()
     for key, value in model.items():
         if key not in known:
             raise ValueError(
-                f"model.{key}: {value!r} is of no use, since wesar_mpt_causal_lm has no such key; "
+                f"model.{key}: {value!r} has no effect, since wesar_mpt_causal_lm has no such key; "
                 + did_you_mean(key, own, "remove it.")
             )
     loss_fn = model.get("loss_fn", "torch_crossentropy")
     if model.get("z_loss") and loss_fn != "torch_crossentropy":
         raise ValueError(f"model.loss_fn: {loss_fn} has no z-loss; set model.loss_fn: torch_crossentropy.")
     if model.get("fused_loss") and model.get("use_train_metrics", True):
-        raise ValueError("model.fused_loss: true leaves no logits for metrics: set model.use_train_metrics: false.")
+        raise ValueError("model.fused_loss: true gives no logits for metrics; set model.use_train_metrics: false.")
 
 
 class _Scale(nn.Module):
@@ -265,7 +265,7 @@ class _Scale(nn.Module):
 
 
 class PostNormBlock(MPTBlock):
-    r"""A block with the norm behind the residual connection, :math:`y = \mathrm{LN}(f(x) + x)`."""
+    r"""A block with the norm after the residual connection, :math:`y = \mathrm{LN}(f(x) + x)`."""
 
     def forward(  # type: ignore[override]
         self, x: Tensor, attention_mask: torch.ByteTensor | None = None, output_attentions: bool = False, **kwargs: Any
@@ -283,14 +283,14 @@ class PostNormBlock(MPTBlock):
 
 
 class WeSaRMPTModel(MPTModel):
-    """`MPTModel` whose embedding is of the kind of `fc_type`, and with the other options of `WeSaRMPTConfig`."""
+    """`MPTModel` with the embedding that belongs to `fc_type`, and with the other options of `WeSaRMPTConfig`."""
 
     config: WeSaRMPTConfig
 
     def __init__(self, config: WeSaRMPTConfig):
         super().__init__(config)
         if config.norm_placement == "post":
-            # The last block's output is normalised already.
+            # The output of the last block is already normalised.
             self.norm_f = nn.Identity()
 
     @property
@@ -299,7 +299,7 @@ class WeSaRMPTModel(MPTModel):
         return PostNormBlock if self.config.norm_placement == "post" else MPTBlock
 
     def construct_blocks(self, config: WeSaRMPTConfig) -> nn.ModuleList:  # type: ignore[override]
-        """Build the blocks and, since this runs before the parameters are initialised, replace the stock embedding."""
+        """Build the blocks and replace the stock embedding. This runs before the parameters are initialised."""
         options = {k: v for k, v in config.fc_type.items() if k not in ("name", "bias", "device")}
         self.wte = EMBEDDINGS.get(config.fc_class, EMBEDDINGS[nn.Linear])(
             config.vocab_size,
@@ -311,7 +311,7 @@ class WeSaRMPTModel(MPTModel):
         )
         if config.embedding_norm:
             norm = build_norm(config.norm_type.lower(), config.d_model, config.norm_eps, config.init_device)
-            # The name keeps it out of weight decay, as other norms: `optimizer.param_groups` of the settings.
+            # `optimizer.param_groups` of the settings excludes it from weight decay by the name `norm`.
             self.emb_drop = nn.Sequential(OrderedDict(norm=norm, dropout=self.emb_drop))
         blocks = super().construct_blocks(config)
         if config.residual_scaling:
@@ -326,7 +326,7 @@ class WeSaRMPTModel(MPTModel):
 
 
 class WeSaRMPTForCausalLM(MPTForCausalLM):
-    """`MPTForCausalLM` whose W_p is of the kind of `fc_type` and initialised on every device."""
+    """`MPTForCausalLM` whose W_p is a layer of `fc_type`, and is initialised on every device."""
 
     config_class = WeSaRMPTConfig
     config: WeSaRMPTConfig
@@ -345,7 +345,7 @@ class WeSaRMPTForCausalLM(MPTForCausalLM):
 
     @functools.wraps(MPTForCausalLM.forward)  # transformers' generate reads the signature
     def forward(self, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> CausalLMOutputWithPast | LossTerms:
-        """As `MPTForCausalLM.forward`; with `targets`, which `fused_loss` allows, the loss instead of logits."""
+        """As `MPTForCausalLM.forward`. With `targets` (only under `fused_loss`) it returns the loss, not logits."""
         if targets is None:
             return super().forward(*args, **kwargs)
         assert self.lm_head is not None
@@ -360,13 +360,13 @@ class WeSaRMPTForCausalLM(MPTForCausalLM):
 class ComposerWeSaRMPTCausalLM(ComposerMPTCausalLM):
     r"""The model that foundry builds for `model.name: wesar_mpt_causal_lm`.
 
-    It takes the keys of `mpt_causal_lm`, with their meaning, and those of `WeSaRMPTConfig`. With a z-loss the training
-    loss is :math:`\mathrm{CE} + c\,\mathrm{mean}(\log^2 Z)` over the tokens that have a target; Composer then logs
+    It has the keys of `mpt_causal_lm` and those of `WeSaRMPTConfig`. With a z-loss the training loss is
+    :math:`\mathrm{CE} + c\,\mathrm{mean}(\log^2 Z)` over the tokens with a target, and Composer logs
     `loss/train/total`, `loss/train/loss` (the cross-entropy) and `loss/train/z_loss` (with its coefficient).
 
     Args:
         tokenizer: Its vocabulary must fit into `vocab_size`.
-        loss_fn: As for foundry, but `torch_crossentropy` by default, which needs no extra package.
+        loss_fn: As in foundry, but with the default `torch_crossentropy`, which needs no other package.
         **kwargs: `use_train_metrics`, `additional_train_metrics`, and the keys of the config.
 
     Raises:
@@ -383,7 +383,7 @@ class ComposerWeSaRMPTCausalLM(ComposerMPTCausalLM):
         vocab_size = kwargs.get("vocab_size", MPTConfig().vocab_size)
         if tokenizer is not None and len(tokenizer) > vocab_size:
             raise ValueError(
-                f"model.vocab_size: {vocab_size} is smaller than the tokenizer's {len(tokenizer)} tokens: set it to "
+                f"model.vocab_size: {vocab_size} is less than the {len(tokenizer)} tokens of the tokenizer. Set it to "
                 f"{len(tokenizer)} or more, or train a smaller tokenizer."
             )
         check_keys({"loss_fn": loss_fn, **kwargs})
@@ -401,22 +401,22 @@ class ComposerWeSaRMPTCausalLM(ComposerMPTCausalLM):
         return WeSaRMPTConfig
 
     def forward(self, batch: MutableMapping) -> CausalLMOutputWithPast | LossTerms:  # type: ignore[override]
-        """The logits of a microbatch, or in training its loss, if that is fused with W_p.
+        """Return the logits of a microbatch, or in training under `fused_loss` its loss.
 
-        A microbatch without padding goes without a mask: attention need only be causal.
+        A microbatch without padding has no mask, since causal attention is all it needs.
         """
         batch = drop_full_mask(batch)
         if self.has_megablocks:
             return super().forward(batch)
-        # For any other model the stock forward does the same. It looks into a registry first, which reads the entry
-        # points, and dynamo cannot trace that (torch 2.11, Python 3.12).
+        # This is what the stock forward does for models without MegaBlocks. The stock forward also looks into a
+        # registry, which reads entry points, and dynamo cannot trace that (torch 2.11, Python 3.12).
         inputs = {key: batch.get(key) for key in _INPUTS}
         if self.training and self.config.fused_loss:
             inputs["targets"] = self.get_targets(batch)
         return self.model(**inputs)
 
     def loss(self, outputs: CausalLMOutputWithPast | LossTerms, batch: Mapping) -> dict[str, Tensor] | Tensor:  # type: ignore[override]
-        """The loss of a microbatch; see the class."""
+        """Return the loss of a microbatch, as the class describes it."""
         if isinstance(outputs, LossTerms):
             terms = outputs
         elif self.config.z_loss:

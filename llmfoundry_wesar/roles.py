@@ -1,4 +1,4 @@
-"""What each matrix of a Transformer does, by the name of its module. It imports nothing heavy: `plot` starts fast."""
+"""Find the role of a matrix in the Transformer by the name of its module. Without heavy imports, for `plot`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Role:
-    """What a matrix does in the Transformer, as far as its initial scale depends on it.
+    """The role of a matrix in the Transformer, which decides its initial scale.
 
     Attributes:
         name: The paper's name of the matrix (section 2).
-        residual: Whether its output is added to the residual stream, so that σ_• is divided by √2N.
-        activation: What is in front of it, for He's gain.
+        residual: Whether its output is added to the residual stream. If so, σ_• is divided by √2N.
+        activation: The activation function in front of it, for He's gain.
     """
 
     name: str
@@ -19,9 +19,9 @@ class Role:
     activation: str = "linear"
 
 
-# What foundry's MPT and the decoders of transformers call their matrices: the last part of the module's path, or the
-# last two where one is not enough. Names that the paper does not have: W_pos learned positions, W_qkv W_q, W_k and W_v
-# in one matrix, W_g the gate projection of a GLU, W_r the router of a mixture of experts.
+# Module names in foundry's MPT and in the decoders of transformers: the last part of the module's path, or the last two
+# where one is ambiguous. Four of the roles are not in the paper: W_pos (learned positions), W_qkv (W_q, W_k and W_v in
+# one matrix), W_g (the gate projection of a GLU) and W_r (the router of a mixture of experts).
 ROLES = {
     name: role
     for role, names in (
@@ -44,7 +44,7 @@ ROLES = {
     for name in names.split()
 }
 
-# Each role once, by its name, in the order of the forward pass.
+# The roles by name, in the order of the forward pass.
 BY_NAME = {role.name: role for role in ROLES.values()}
 
 

@@ -157,7 +157,7 @@ def test_compiles_without_a_graph_break():
 
 
 def test_flash_impl_is_refused():
-    with pytest.raises(ValueError, match=r"attn_impl: flash .* set it to torch"):
+    with pytest.raises(ValueError, match=r"attn_impl: flash .* use torch"):
         build_attention_layer("sdpa_attention", {"d_model": WIDTH, "n_heads": HEADS, "attn_impl": "flash"})
 
 

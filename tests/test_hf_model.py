@@ -169,20 +169,20 @@ def test_a_matrix_of_unknown_role_is_named_with_the_key_that_gives_it_one():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"init_config": None}, r"model.init_config: None is no mapping, which pretrained: false needs"),
+        ({"init_config": None}, r"model.init_config: None is not a mapping, but pretrained: false needs"),
         ({"init_config": {"name": "wesar_", "sigma": 0.1}}, r"name: 'wesar_' is not one of he_init_, small_init_"),
         ({"init_config": {}}, r"name: None is not one of"),
         ({"init_config": {**HE, "sigma": 0.1}}, r"sigma: 0.1 is not used by he_init_"),
         ({"init_config": {**HE, "emb_init_std": -1}}, r"emb_init_std: -1 is not a positive number"),
-        ({"init_config": {**HE, "roles": "W_u"}}, r"roles: 'W_u' is no mapping"),
+        ({"init_config": {**HE, "roles": "W_u"}}, r"roles: 'W_u' is not a mapping"),
         ({"init_config": {**HE, "roles": {"o_proj": "W_x"}}}, r"roles.o_proj: 'W_x' is not one of W_e, W_pos"),
-        ({"init_config": {**HE, "roles": {"oproj": "W_o"}}}, r"roles: oproj is the end of no matrix's path"),
+        ({"init_config": {**HE, "roles": {"oproj": "W_o"}}}, r"roles: no path of a matrix ends with oproj"),
         (
             {"init_config": HE, "config_overrides": {"tie_word_embeddings": True}},
             r"emb_init_std: 1.0 is also .* W_p.*`model.config_overrides.tie_word_embeddings: false`",
         ),
-        ({"init_config": HE, "zloss": 0.1}, r"model.zloss: 0.1 is of no use.*did you mean z_loss"),
-        ({"init_config": HE, "embedding_scaling": True}, r"model.embedding_scaling: True is of no use"),
+        ({"init_config": HE, "zloss": 0.1}, r"model.zloss: 0.1 has no effect.*did you mean z_loss"),
+        ({"init_config": HE, "embedding_scaling": True}, r"model.embedding_scaling: True has no effect"),
         ({"init_config": HE, "z_loss": -1}, r"model.z_loss: -1 is not a number ≥ 0"),
     ],
 )

@@ -186,7 +186,7 @@ def test_plain_init_functions_refuse_gated_layers(init):
 
 
 def test_wesar_init_refuses_a_matrix_without_a_role():
-    with pytest.raises(ValueError, match=r"has none: set `model.name: wesar_mpt_causal_lm`"):
+    with pytest.raises(ValueError, match=r"has none. Set `model.name: wesar_mpt_causal_lm`"):
         param_init_fns.get("wesar_")(nn.Linear(4, 4), n_layers=2, d_model=4, sigma=PAPER_SIGMA)
 
 
@@ -261,7 +261,7 @@ def test_our_model_shows_its_roles():
 
 
 def test_tied_embeddings_cannot_start_at_one():
-    with pytest.raises(ValueError, match=r"emb_init_std: 1.0 is also the standard deviation of W_p.*set it to null"):
+    with pytest.raises(ValueError, match=r"emb_init_std: 1.0 is also the standard deviation of W_p.*Set it to null"):
         build(None, tie_word_embeddings=True, init_config={"name": "he_init_", "emb_init_std": 1.0})
 
 

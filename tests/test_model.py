@@ -226,25 +226,28 @@ def test_counts_of_parameters_and_flops_are_foundrys():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"init_config": {"name": "small_init_"}}, "init_config.name: small_init_ is a plain init.*name: wesar_"),
-        ({"fc_type": {"name": "torch"}}, "init_config.name: wesar_ leaves the scale.*fc_type: {name: wesar}"),
+        (
+            {"init_config": {"name": "small_init_"}},
+            "init_config.name: small_init_ does not initialise the gates.*name: wesar_",
+        ),
+        ({"fc_type": {"name": "torch"}}, "init_config.name: wesar_ needs layers with gates.*fc_type: {name: wesar}"),
         ({"fc_type": {"name": "wezar"}}, "fc_type.name: 'wezar' is not one of .*wesar"),
-        ({"attn_config": {"fused_qkv": True}}, "attn_config.fused_qkv: true.*set it to false"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings: true.*set it to false"),
+        ({"attn_config": {"fused_qkv": True}}, "attn_config.fused_qkv: true.*Set it to false"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings: true.*Set it to false"),
         ({"z_loss": -1.0}, "z_loss: -1.0 is not a number"),
         ({"z_loss": 1e-4, "loss_fn": "fused_crossentropy"}, "loss_fn: fused_crossentropy has no z-loss"),
-        ({"fused_loss": True}, "fused_loss: true leaves no logits.*use_train_metrics: false"),
+        ({"fused_loss": True}, "fused_loss: true gives no logits.*use_train_metrics: false"),
         ({"fused_loss": True, "use_train_metrics": False, "logit_scale": 0.5}, "fused_loss: true.*logit_scale: 0.5"),
         ({"norm_placement": "sandwich"}, "norm_placement: 'sandwich' is not one of pre, post"),
         ({"ffn_config": {"ffn_type": "torch_dmoe"}}, "ffn_config.ffn_type: torch_dmoe.*mptmlp or mptglu"),
         ({"attn_config": {"rope": False}, "learned_pos_emb": True}, "learned_pos_emb: true.*rope: true"),
         ({"init_config": {"sigma": 0.0}}, "init_config.sigma: 0.0 is not a positive number"),
-        ({"zloss": 1e-4}, r"zloss: 0\.0001 is of no use.*did you mean z_loss\?"),
-        ({"colour": "red"}, "colour: 'red' is of no use.*remove it"),
-        ({"fc_type": {"trainabel": False}}, "fc_type.trainabel: False is no option of wesar, .* gate_shape, trainable"),
+        ({"zloss": 1e-4}, r"zloss: 0\.0001 has no effect.*did you mean z_loss\?"),
+        ({"colour": "red"}, "colour: 'red' has no effect.*remove it"),
+        ({"fc_type": {"trainabel": False}}, "fc_type.trainabel: False is no option of wesar; .* gate_shape, trainable"),
         (
             {"fc_type": {"name": "weight_norm", "gate_shape": "row"}},
-            "fc_type.gate_shape: 'row' is no option of .* has none",
+            "fc_type.gate_shape: 'row' is no option of .* are: none",
         ),
     ],
 )
@@ -275,7 +278,7 @@ def test_wesar_can_have_its_embedding_scale_in_a_constant():
 
 
 def test_embedding_scaling_needs_a_known_scale():
-    with pytest.raises(ValueError, match=r"embedding_scaling: true needs σ_e, and .* kaiming_normal_"):
+    with pytest.raises(ValueError, match=r"embedding_scaling: true needs σ_e, .* kaiming_normal_"):
         build(None, embedding_scaling=True)
 
 
@@ -283,7 +286,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused():
     vocabulary = {f"t{i}": i for i in range(98)}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, "t0")))
     with pytest.raises(
-        ValueError, match=r"model\.vocab_size: 97 is smaller than the tokenizer's 98 tokens: set it to 98"
+        ValueError, match=r"model\.vocab_size: 97 is less than the 98 tokens of the tokenizer. Set it to 98"
     ):
         ComposerWeSaRMPTCausalLM(tokenizer=tokenizer, **model_config("wesar"))
 
