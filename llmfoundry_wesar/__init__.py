@@ -1,1 +1,1 @@
-"""WeSaR for llm-foundry: gated weights with one common initial scale, and what shows their updates."""
+"""WeSaR for llm-foundry: gated weights with one common initial scale, and callbacks that log their updates."""

@@ -1,4 +1,4 @@
-"""Causal self-attention without the S×S matrix, on `torch.nn.functional.scaled_dot_product_attention`.
+"""Compute causal self-attention without the S×S matrix, by `torch.nn.functional.scaled_dot_product_attention`.
 
 Shapes: B sequences, S tokens, H query heads, G key and value heads (G divides H), D width of a head.
 """
@@ -36,8 +36,8 @@ def flash_or_stock_attention(
 ) -> tuple[Tensor, Tensor | None, KeyValue | None]:
     """Compute foundry's `torch` attention, by a fused kernel if that gives the same result.
 
-    A call with a mask, a bias (ALiBi, sequence ids), a filled cache, soft-capping, a window or a request for the
-    weights uses foundry's function.
+    Foundry's function is used for a call with a padding mask, a bias (ALiBi, sequence ids), a filled cache,
+    soft-capping, a window or `needs_weights`.
 
     Args:
         query: (B, S, H·D).
@@ -45,19 +45,19 @@ def flash_or_stock_attention(
         value: (B, S, G·D).
         n_heads: H.
         kv_n_heads: G.
-        past_key_value: Keys (B, G, D, S) and values (B, G, S, D) of earlier tokens; `()` asks for this call's.
+        past_key_value: Keys (B, G, D, S) and values (B, G, S, D) of earlier tokens; `()` if there are none yet.
         softmax_scale: Factor on the scores; 1/√D if None.
         attn_bias: Added to the scores.
         key_padding_mask: (B, S), False for padding.
-        is_causal: Whether a token sees no later ones.
-        dropout_p: Probability of dropping a weight, in training. On a CPU this needs the S×S matrix.
+        is_causal: Whether a token attends only to itself and to earlier tokens.
+        dropout_p: Probability of dropping a weight, in training. On a CPU dropout needs the S×S matrix.
         training: Whether to apply dropout.
         needs_weights: Whether to return the weights.
         attn_logit_softcapping: Bound on the scores.
-        sliding_window_size: Tokens to either side that a token sees; -1 for all.
+        sliding_window_size: Number of tokens on each side that a token attends to; -1 for all.
 
     Returns:
-        The output (B, S, H·D), the weights if asked for, and keys and values unless `past_key_value` is None.
+        The output (B, S, H·D), the weights if `needs_weights`, and keys and values unless `past_key_value` is None.
     """
     fused = (
         not past_key_value
@@ -66,7 +66,7 @@ def flash_or_stock_attention(
         and not needs_weights
         and attn_logit_softcapping is None
         and sliding_window_size == -1
-        # The kernels align a causal mask with the first key, foundry aligns it with the last.
+        # If the numbers differ, the kernels align a causal mask with the first key, and foundry with the last.
         and query.size(1) == key.size(1)
     )
     if not fused:
@@ -91,7 +91,7 @@ def flash_or_stock_attention(
     k = key.unflatten(-1, (kv_n_heads, -1))
     v = value.unflatten(-1, (kv_n_heads, -1))
     present = None if past_key_value is None else (k.permute(0, 2, 3, 1), v.transpose(1, 2))
-    # `enable_gqa` would repeat the heads too, but some kernels do not support it: on a CPU none that avoids S×S.
+    # Not by `enable_gqa`: some kernels do not support it, among them the CPU's kernel that avoids the S×S matrix.
     repeats = n_heads // kv_n_heads
     output = F.scaled_dot_product_attention(
         q.transpose(1, 2),
@@ -107,7 +107,7 @@ def flash_or_stock_attention(
 class SDPAttention(GroupedQueryAttention):
     """Foundry's grouped-query attention with `flash_or_stock_attention` as its attention function.
 
-    Registered as `sdpa_attention`; one class for multi-head (the default), grouped-query and multi-query attention::
+    It is registered as `sdpa_attention`, for multi-head (the default), grouped-query and multi-query attention::
 
         attn_config:
           attn_type: sdpa_attention
@@ -139,11 +139,11 @@ class SDPAttention(GroupedQueryAttention):
 def drop_full_mask(batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Return the batch without its `attention_mask` if all tokens are unmasked, else the batch itself.
 
-    This does not read the mask, which is on the device: foundry's collators put the number of unmasked tokens of each
-    row into the batch (`total_tokens`). A batch without that number keeps its mask.
+    The mask is on the device, and reading it would make the host wait. So this reads `total_tokens`, the number of
+    unmasked tokens of each row, which foundry's collators add to the batch. A batch without it keeps its mask.
 
     Args:
-        batch: As the trainer hands it to the model's forward.
+        batch: A batch as the trainer passes it to the model's forward.
     """
     mask, counts = batch.get("attention_mask"), batch.get("total_tokens")
     if mask is None or counts is None or sum(counts) != mask.numel():

@@ -1,7 +1,7 @@
-"""The maths of the reparameterisations and of the optimizer's step, as functions of tensors.
+"""Compute the reparameterisations and the optimizer's step, as functions of tensors.
 
 Shapes: a matrix has O rows (out_features, or the vocabulary) and I columns (in_features, or the width); "..." are any
-leading batch dimensions. A gate is (1,), (O,) or (I,), with the `gate_shape` scalar, row or column.
+leading batch dimensions. A gate is (1,), (O,) or (I,) if its `gate_shape` is scalar, row or column.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -15,12 +15,12 @@ GateShape = Literal["scalar", "row", "column"]
 
 
 def broadcast_gate(gate: Tensor, gate_shape: GateShape) -> Tensor:
-    """View a gate so that it multiplies an (O, I) matrix. A row gate becomes (O, 1); others stay as they are."""
+    """View a gate so that it can multiply an (O, I) matrix. A row gate becomes (O, 1); other gates keep their shape."""
     return gate.unsqueeze(-1) if gate_shape == "row" else gate
 
 
 def gated_weight(weight: Tensor, gate: Tensor) -> Tensor:
-    r"""The virtual weight of WeSaR, :math:`\bar W = \alpha W` (Nishida et al. 2024, section 4.1).
+    r"""Return the virtual weight of WeSaR, :math:`\bar W = \alpha W` (Nishida et al. 2024, section 4.1).
 
     Args:
         weight: (O, I), the actual weight W.
@@ -32,7 +32,7 @@ def gated_weight(weight: Tensor, gate: Tensor) -> Tensor:
     return weight * gate
 
 
-# Up to this many entries autograd computes the product. It then keeps αW, at most 256 KiB in float32.
+# A matrix of at most this many entries uses plain autograd, which keeps αW for the backward pass: 256 KiB in float32.
 _SMALL = 2**16
 
 
@@ -46,28 +46,28 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 def _gradients(grad: Tensor, weight: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Return ∂L/∂W = αG and ∂L/∂α = ⟨G, W⟩, each in the dtype of its parameter. `grad` (G) may be overwritten.
 
-    ⟨G, W⟩ is summed over the dimensions along which the gate is broadcast. The compiled function reads G and W once.
+    ⟨G, W⟩ is the sum over the dimensions along which the gate is broadcast. The compiled function reads G and W once.
     """
     grad = grad.to(torch.promote_types(grad.dtype, weight.dtype))
     product = grad.to(torch.promote_types(gate.dtype, torch.float32)) * weight
     if gate.numel() == 1:
-        # Sum the rows first: the compiler puts that sum and the product αG into one kernel, a sum over the whole not.
+        # Sum each row first: the compiler puts this sum into one kernel with αG, but not a sum over the whole matrix.
         product = product.sum(-1)
     grad_gate = product.sum_to_size(gate.shape).to(gate.dtype)
     return grad.mul_(gate) if grad.dtype == weight.dtype else _product(grad, gate, weight.dtype), grad_gate
 
 
-# For CUDA. With constant sizes the compiler computes both results in one kernel.
+# For CUDA. The compiler computes both results in one kernel only if the sizes are constant.
 _compiled_gradients = torch.compile(_gradients, dynamic=False)
 
 
 class _GatedLinear(torch.autograd.Function):
-    """y = x (αW)ᵀ + b, keeping only x, W and α for the backward pass.
+    """Compute y = x (αW)ᵀ + b, and keep only x, W and α for the backward pass.
 
-    Autograd would keep αW as well: under FSDP a whole matrix for each layer, which resharding W does not free. To
-    compute αW again is one elementwise pass.
+    Autograd would keep αW too. Under FSDP this is a whole matrix for each layer, and resharding W does not free it.
+    Computing αW again takes one elementwise pass.
 
-    A second derivative raises an error. `once_differentiable` would give a clearer one, but costs 2 µs a call.
+    A second derivative raises an error. `once_differentiable` would raise a clearer one, but it costs 2 µs a call.
     """
 
     @staticmethod
@@ -82,7 +82,7 @@ class _GatedLinear(torch.autograd.Function):
         grad_x = grad_weight = grad_gate = None
         rows = grad_y.reshape(-1, grad_y.size(-1))
         if needs_x:
-            # αW, and Wα in the forward pass: the compiler would compute equal expressions once, and keep the result.
+            # Write αW here and Wα in the forward pass: the compiler would compute equal expressions once and keep αW.
             grad_x = grad_y @ _product(gate, weight, x.dtype)
         if needs_weight or needs_gate:
             # ∂L/∂(αW). Both gradients follow from it.
@@ -96,21 +96,21 @@ class _GatedLinear(torch.autograd.Function):
 
 
 def gated_linear(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
-    r"""A linear map with the virtual weight, :math:`y = x (\alpha W)^\top + b` (Nishida et al. 2024, section 4.1).
+    r"""Apply a gated linear map, :math:`y = x (\alpha W)^\top + b` (Nishida et al. 2024, section 4.1).
 
-    Equal to ``F.linear(x, gated_weight(weight, gate), bias)`` in value and gradients,
+    Equal to ``F.linear(x, gated_weight(weight, gate), bias)`` in value, dtype (also under autocast) and gradients,
 
     .. math:: \partial L/\partial W = \alpha\,G, \quad \partial L/\partial\alpha = \langle G, W\rangle,
               \quad G = \partial L/\partial(\alpha W),
 
-    and under autocast in the same dtype. It keeps no αW for the backward pass, unless W is small: then keeping it costs
-    less than a Python function in the backward pass. `benchmarks/README.md` has the measurements behind this form.
+    αW is not kept for the backward pass, unless W is small: then keeping αW takes less time than calling a Python
+    function in the backward pass. `benchmarks/README.md` has the measurements.
 
     Args:
         x: (..., I).
         weight: (O, I), the actual weight W.
         gate: α, as `broadcast_gate` gives it: (1,), (O, 1) or (I,).
-        bias: b, (O,), which the gate leaves alone.
+        bias: b, (O,). The gate does not multiply it.
 
     Returns:
         (..., O).
@@ -125,7 +125,7 @@ def gated_linear(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None = 
 
 
 def weight_norm(weight: Tensor, gain: Tensor) -> Tensor:
-    r"""Weight normalisation by row, :math:`\bar w = \alpha\,w / \lVert w\rVert` (Salimans and Kingma 2016).
+    r"""Normalise each row of a weight, :math:`\bar w = \alpha\,w / \lVert w\rVert` (Salimans and Kingma 2016).
 
     The gradient goes through the norm (Nishida et al. 2024, appendix C.1). The kernel is that of
     ``torch.nn.utils.parametrizations.weight_norm``.
@@ -141,21 +141,21 @@ def weight_norm(weight: Tensor, gain: Tensor) -> Tensor:
 
 
 def _without_autocast(tensor: Tensor) -> AbstractContextManager:
-    """Disable autocast, except on the meta device, which autocast does not know."""
+    """Disable autocast, except on the meta device, which autocast does not support."""
     device = tensor.device.type
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 @torch.no_grad()
 def power_iteration(weight: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    r"""One step of the power method towards the first singular vectors (Miyato et al. 2018, algorithm 1).
+    r"""Make one step of the power method towards the first singular vectors (Miyato et al. 2018, algorithm 1).
 
     :math:`v \leftarrow W^\top u/\lVert W^\top u\rVert`, then :math:`u \leftarrow W v/\lVert W v\rVert`.
 
     Args:
         weight: (O, I).
         left: u, (O,), of unit length.
-        right: v, (I,). Only its dtype is used: the arithmetic is in it, or in float32 if that is wider.
+        right: v, (I,). Its values are not used. The arithmetic is in its dtype, or in float32 if that is wider.
 
     Returns:
         The new u and v.
@@ -170,17 +170,17 @@ def power_iteration(weight: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor
 def sigma_reparam(
     weight: Tensor, gate: Tensor, left: Tensor, right: Tensor, differentiable_norm: bool = False
 ) -> Tensor:
-    r"""σReparam, :math:`\bar W = \alpha\,W / \lVert W\rVert_2`, with :math:`\lVert W\rVert_2 = u^\top W v`.
+    r"""Divide a weight by its spectral norm :math:`\lVert W\rVert_2 = u^\top W v`.
 
-    Zhai et al. 2023; Nishida et al. 2024, section 5.3.
+    σReparam: :math:`\bar W = \alpha\,W / \lVert W\rVert_2` (Zhai et al. 2023; Nishida et al. 2024, section 5.3).
 
     Args:
         weight: (O, I).
         gate: (1,), α.
         left: u, (O,), the current estimate of the first left singular vector.
-        right: v, (I,), that of the first right one.
-        differentiable_norm: Whether the gradient goes through the spectral norm. It does not in Nishida et al. 2024
-            (appendix C.2); it does in apple/ml-sigma-reparam.
+        right: v, (I,), the current estimate of the first right singular vector.
+        differentiable_norm: Whether the gradient goes through the spectral norm: no in Nishida et al. 2024 (appendix
+            C.2), yes in apple/ml-sigma-reparam.
 
     Returns:
         (O, I).
@@ -188,11 +188,11 @@ def sigma_reparam(
     dtype = torch.promote_types(left.dtype, torch.float32)
     with (
         torch.set_grad_enabled(differentiable_norm and torch.is_grad_enabled()),
-        # A norm in bfloat16 would not change for many steps and then jump by 2⁻⁸, and every virtual weight with it.
+        # In bfloat16 the norm would not change for many steps and then jump by 2⁻⁸, and the virtual weight with it.
         _without_autocast(weight),
     ):
         spectral_norm = left.to(dtype) @ (weight.to(dtype) @ right.to(dtype))
-    # Round only the product to the weight's dtype: a 0-dimensional float32 norm does not make a bfloat16 gate float32.
+    # Cast the gate first: a bfloat16 gate divided by a 0-dimensional float32 norm would be rounded to bfloat16.
     return (weight.to(dtype) * (gate.to(dtype) / spectral_norm)).to(weight.dtype)
 
 
@@ -208,7 +208,7 @@ def adamw_(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    r"""Move a tensor by one step of AdamW, in place (Loshchilov and Hutter 2019, algorithm 2).
+    r"""Update a tensor by one step of AdamW, in place (Loshchilov and Hutter 2019, algorithm 2).
 
     .. math:: m &\leftarrow \beta_1 m + (1 - \beta_1)\,s g \\
               v &\leftarrow \beta_2 v + (1 - \beta_2)\,(s g)^2 \\
@@ -219,10 +219,10 @@ def adamw_(
 
     Args:
         weight: w, of any shape.
-        grad: g, of that shape; not changed.
-        exp_avg: m, of that shape.
-        exp_avg_sq: v, of that shape.
-        scale: s, 0-dimensional like the three below: on a GPU nothing then waits for their values.
+        grad: g, of the shape of w; not changed.
+        exp_avg: m, of the shape of w.
+        exp_avg_sq: v, of the shape of w.
+        scale: s. The last four tensors are 0-dimensional and on the device, so that the host waits for no value.
         shrink: f.
         size: η.
         root: ρ.
@@ -236,5 +236,5 @@ def adamw_(
     weight.mul_(shrink).sub_(step.mul_(size))
 
 
-# One kernel for a tensor, which reads four tensors and writes three; for tensors of all sizes.
+# One kernel for each tensor, which reads four tensors and writes three. It is compiled once for all sizes.
 compiled_adamw_ = torch.compile(adamw_, dynamic=True)

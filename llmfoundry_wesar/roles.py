@@ -1,4 +1,4 @@
-"""Find the role of a matrix in the Transformer by the name of its module. Without heavy imports, for `plot`."""
+"""Find the role of a matrix from the name of its module. Does not import torch, so that `plot` starts quickly."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ class Role:
     Attributes:
         name: The paper's name of the matrix (section 2).
         residual: Whether its output is added to the residual stream. If so, σ_• is divided by √2N.
-        activation: The activation function in front of it, for He's gain.
+        activation: The activation function whose output is the matrix's input. It determines He's gain.
     """
 
     name: str
@@ -19,9 +19,9 @@ class Role:
     activation: str = "linear"
 
 
-# Module names in foundry's MPT and in the decoders of transformers: the last part of the module's path, or the last two
-# where one is ambiguous. Four of the roles are not in the paper: W_pos (learned positions), W_qkv (W_q, W_k and W_v in
-# one matrix), W_g (the gate projection of a GLU) and W_r (the router of a mixture of experts).
+# Module names in foundry's MPT and in the decoders of transformers. A name is the last part of the module's path, or
+# the last two parts if one is ambiguous. Four roles are not in the paper: W_pos (learned positions), W_qkv (W_q, W_k
+# and W_v in one matrix), W_g (the gate projection of a GLU) and W_r (the router of a mixture of experts).
 ROLES = {
     name: role
     for role, names in (
@@ -49,7 +49,7 @@ BY_NAME = {role.name: role for role in ROLES.values()}
 
 
 def find_role(path: str, roles: Mapping[str, Role] = ROLES) -> Role | None:
-    """Return the role of the matrix at a module's path, or None if no name in `roles` fits.
+    """Return the role of the matrix at a module's path, or None if `roles` has no name for it.
 
     >>> find_role("transformer.h.0.mlp.c_proj").name
     'W_d'
