@@ -16,7 +16,6 @@ from llmfoundry_wesar.runs.summary import append_rows
 from results.evidence import MAIN, SEEDS, Evidence, Lacking, Verdict, interval
 
 TASKS = ("wikitext", "lambada")
-COLUMNS = ("run", "task", "kind", "value")
 
 
 def _scores(folder: Path) -> dict[tuple[str, str, str], float]:
@@ -51,11 +50,11 @@ def score(evidence: Evidence, work: Path, data: Path | None) -> Iterator[str]:
             export(str(checkpoint), f"{folder}/model", "hf")
             evaluation = evaluate(f"{folder}/model", ",".join(TASKS), data)
         rows = [
-            dict(zip(COLUMNS, (run, task, kind, value), strict=True))
+            {"run": run, "task": task, "kind": kind, "value": value}
             for task, scores in evaluation.scores.items()
             for kind, value in scores.items()
         ]
-        append_rows(evidence.folder / "perplexity.csv", rows, COLUMNS)
+        append_rows(evidence.folder / "perplexity.csv", rows, rows[0])
         yield f"{run}: {evaluation.scores}"
 
 
