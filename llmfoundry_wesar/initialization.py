@@ -1,8 +1,8 @@
 """Initialise each matrix with its standard deviation σ_•.
 
 Foundry calls a *param init function* (`model.init_config.name`) on every module. `generic_param_init_fn_` then tries
-the *module init functions* until one handles the module. Ours, `init_matrix`, handles all reparameterised layers. With
-the param init functions of this file it handles all matrices. Foundry's own handle the norms.
+the *module init functions* until one handles the module. `init_matrix` is ours. It handles reparameterised layers, and
+under the param init functions of this file plain matrices too. Foundry's own module init functions handle the norms.
 """
 
 import math
@@ -109,7 +109,7 @@ def fan_in(module: nn.Module) -> int:
 def residual_divisor(init_div_is_residual: Any, n_layers: int) -> float:
     """Return the divisor of σ_o and σ_d for `model.init_config.init_div_is_residual`.
 
-    It is √2N for true, 1 for false, and a number itself.
+    It is √2N for true and 1 for false. A number is the divisor itself.
 
     Raises:
         ValueError: If it is neither a boolean nor a positive number.
@@ -119,20 +119,20 @@ def residual_divisor(init_div_is_residual: Any, n_layers: int) -> float:
     if not is_number(init_div_is_residual) or not 0 < init_div_is_residual < math.inf:
         raise ValueError(
             f"model.init_config.init_div_is_residual: {init_div_is_residual!r} is neither a boolean nor a positive "
-            "number; the paper's is true, √2N."
+            "number; the paper's value is true, which gives √2N."
         )
     return float(init_div_is_residual)
 
 
 @dataclass(frozen=True)
 class MatrixInit:
-    """How to initialise the matrices. `generic_param_init_fn_` passes it to `init_matrix` as `init_fn_`.
+    """The rule that initialises the matrices. `generic_param_init_fn_` passes it to `init_matrix` as `init_fn_`.
 
     Attributes:
         backbone: The rule for σ_•.
         d_model: d.
         sigma: The common σ of all actual weights, or None for plain layers, which start with σ_•.
-        gain_init: `method`, the gate's own initial value, or `backbone`, so that the virtual weight has σ_•.
+        gain_init: `method` gives the gate its method's initial value; `backbone` gives the virtual weight σ_•.
     """
 
     backbone: Backbone
@@ -141,7 +141,7 @@ class MatrixInit:
     gain_init: GainInit = "method"
 
     def __call__(self, weight: Tensor) -> None:
-        """Refuse a matrix without a role: foundry's module init functions call this for it."""
+        """Refuse a matrix without a role. Foundry's module init functions call this for what `init_matrix` left."""
         raise ValueError(
             f"model.init_config initialises each matrix by its role, and one of shape {tuple(weight.shape)} has none. "
             "Set `model.name: wesar_mpt_causal_lm`, and `model.ffn_config.ffn_type` to mptmlp or mptglu."
@@ -149,13 +149,13 @@ class MatrixInit:
 
 
 def _stock_role(module: nn.Module, d_model: int) -> Role | None:
-    """Return the role of a matrix of foundry's own MPT, where an init function sees the module but not its name.
+    """Return the role of a matrix of foundry's own MPT, whose init functions get the module but not its name.
 
     Foundry marks the layers whose output is added to the residual stream. Of these, W_o has d input features and W_d
-    has more. All other matrices of a plain model have the same rule.
+    has more. All other linear layers have one rule, so any role of theirs will do.
 
     Raises:
-        ValueError: If W_o and W_d cannot be told apart by this, or if the gain of W_d is not √2.
+        ValueError: If the number of input features does not distinguish W_o from W_d, or the gain of W_d is not √2.
     """
     if isinstance(module, nn.Embedding):
         return ROLES["wte"]
@@ -168,12 +168,12 @@ def _stock_role(module: nn.Module, d_model: int) -> Role | None:
         wrong = "model.head_dim: n_heads × head_dim is not d_model"
     if isinstance(module, MPTMLP):
         if module.down_proj.in_features == d_model:
-            wrong = "model.expansion_ratio: W_d is as wide as W_o"
+            wrong = "model.expansion_ratio: W_d has as many input features as W_o"
         activation = getattr(module.act, "func", module.act).__name__
         if activation_gain(activation) != activation_gain("gelu"):
-            wrong = f"model.ffn_config.ffn_act_fn.name: {activation} has not the gain of the GELU"
+            wrong = f"model.ffn_config.ffn_act_fn.name: {activation} does not have the gain of the GELU"
     if wrong and not any(hasattr(child, "role") for child in module.children()):
-        raise ValueError(f"{wrong}. The init function of mpt_causal_lm cannot see that; use wesar_mpt_causal_lm.")
+        raise ValueError(f"{wrong}. Under mpt_causal_lm he_init_ does not support this; use wesar_mpt_causal_lm.")
     return None
 
 
@@ -204,10 +204,11 @@ def init_matrix(
     if role is None:
         return False
     if (sigma is not None) != isinstance(module, Reparameterized):
+        name, kind = ("he_init_", "plain") if sigma is None else ("wesar_", "reparameterised")
         raise ValueError(
-            f"model.init_config.name: wesar_ is for reparameterised layers and he_init_ for plain ones, and "
-            f"{type(module).__name__} is not: set `model.fc_type: {{name: {'torch' if sigma is None else 'wesar'}}}`, "
-            f"or `model.init_config.name: {'wesar_' if sigma is None else 'he_init_'}`."
+            f"model.init_config.name: {name} is for {kind} layers, and {type(module).__name__} is not one. Set "
+            f"`model.fc_type: {{name: {'torch' if sigma is None else 'wesar'}}}`, or `model.init_config.name: "
+            f"{'wesar_' if sigma is None else 'he_init_'}`."
         )
     weight = module.weight
     assert isinstance(weight, Tensor)
@@ -222,7 +223,7 @@ def init_matrix(
     elif isinstance(bias := getattr(module, "bias", None), Tensor):
         nn.init.zeros_(bias)
     if isinstance(module, Reparameterized) and sigma is not None:
-        # Embedding scaling: the output of the embedding has variance 1 under each backbone.
+        # Embedding scaling: the embedding's output starts with variance 1 under both backbones.
         virtual_std = 1.0 / module.scale if isinstance(module, ScaledEmbedding) else std
         module.start_gate_(virtual_std / sigma, init_fn_.gain_init)
     return True
@@ -246,7 +247,7 @@ def check_init_config(
         gain_init: As for `wesar_`.
         init_div_is_residual: As for `residual_divisor`.
         emb_init_std: As for `he_init_`.
-        **kwargs: All other keys. Those that foundry fills in are accepted at foundry's default.
+        **kwargs: All other keys. Foundry's keys are accepted if they have foundry's default value.
 
     Raises:
         ValueError: If a key is unknown or a value is not allowed.
@@ -289,12 +290,12 @@ def check_tied_embedding(emb_init_std: Any, d_model: int, untie: str) -> None:
         untie: The config's key that unties the embeddings, for the error message.
 
     Raises:
-        ValueError: If logits would start with a standard deviation above 4.
+        ValueError: If the initial logits would have a standard deviation above 4.
     """
     if is_number(emb_init_std) and emb_init_std * math.sqrt(d_model) > 4:
         raise ValueError(
             f"model.init_config.emb_init_std: {emb_init_std!r} is also the standard deviation of W_p, because the "
-            f"embeddings are tied. The logits would start with {emb_init_std * math.sqrt(d_model):.3g}. "
+            f"embeddings are tied. That of the initial logits would be {emb_init_std * math.sqrt(d_model):.3g}. "
             f"Set it to null, or set `{untie}: false`."
         )
 
@@ -312,8 +313,8 @@ def wesar_(
     r"""Initialise all actual weights with one σ and the gates with σ_•/σ (Nishida et al. 2024, section 4.1, Table 1).
 
     :math:`W_\bullet \sim N(0, \sigma^2)`, :math:`\alpha_\bullet = \sigma_\bullet/\sigma` with `backbone_std` for σ_•,
-    and σ_e = 1 (embedding scaling). Gates of weight normalisation start with the norms of the rows, those of σReparam
-    with 1, unless `gain_init` is `backbone`. Biases start with 0 and the weights of norms with 1.
+    and σ_e = 1 (embedding scaling). Gates of weight normalisation start at the norms of the rows and gates of σReparam
+    at 1, unless `gain_init` is `backbone`. Biases start at 0, and the weights of norms at 1.
 
     Args:
         module: The module whose own parameters are initialised.
@@ -345,9 +346,9 @@ def he_init_(
 ) -> None:
     r"""Initialise plain layers by He's rule as in the paper (Table 1).
 
-    :math:`W_\bullet \sim N(0, \text{gain}^2/d_\text{in})`, σ_o and σ_d divided by √2N. The gain is √2 for W_d and 1
-    for all other matrices, whereas foundry's `kaiming_normal_` has one gain for all. Embeddings have √(1/d) unless
-    `emb_init_std` is set. Embedding scaling by a constant is a key of its own, `model.embedding_scaling`.
+    :math:`W_\bullet \sim N(0, \text{gain}^2/d_\text{in})`; σ_o and σ_d are divided by √2N. The gain is √2 for W_d and 1
+    for all other matrices; foundry's `kaiming_normal_` has one gain for all. The standard deviation of embeddings is
+    √(1/d) unless `emb_init_std` is set. Embedding scaling has its own key, `model.embedding_scaling`.
 
     This works for foundry's own `mpt_causal_lm` too, except for its untied `lm_head`. Foundry builds it after the init
     function has run, so with `init_device: cpu` or `mixed` it keeps torch's default, a standard deviation of √(1/3d).

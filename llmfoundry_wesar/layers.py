@@ -1,7 +1,7 @@
-"""Linear and embedding layers with a reparameterised weight. They hold the state; the maths is in `functional`.
+"""Linear and embedding layers with a reparameterised weight. They hold the state; `functional` has the formulas.
 
 Each reparameterisation is one mixin, combined with a linear base and an embedding base. The mixin computes the virtual
-weight from the layer's parameters. `initialization` decides the scale at which it starts.
+weight from the layer's parameters. `initialization` sets their initial values.
 """
 
 import math
@@ -16,7 +16,7 @@ from llmfoundry_wesar import functional
 from llmfoundry_wesar.functional import GateShape
 
 GainInit = Literal["method", "backbone"]
-# A torch.device, or what its constructor takes.
+# What torch accepts as a device.
 Device = torch.device | str | None
 
 
@@ -24,7 +24,7 @@ class ScaledEmbedding(SharedEmbedding):
     r"""Foundry's embedding with its output multiplied by a constant, :math:`y = c\,W_{t}`.
 
     Embedding scaling of Vaswani et al. (2017) and Takase et al. (2023): with :math:`c = 1/\sigma_e` the output has unit
-    variance. As an unembedding (`unembed=True`) the matrix is not scaled, as in foundry.
+    variance. With `unembed=True` the layer is the output projection, and nothing is scaled, as in foundry.
 
     Shape:
         ids (...) -> (..., embedding_dim); unembed: (..., embedding_dim) -> (..., num_embeddings).
@@ -71,7 +71,7 @@ class Reparameterized(nn.Module):
 
         Args:
             scale: σ_•/σ, the ratio of the virtual weight's standard deviation to the actual one's.
-            gain_init: `backbone` makes the virtual weight `scale` × W; `method` takes the method's own value.
+            gain_init: `backbone` makes the virtual weight `scale` × W; `method` sets the method's own initial value.
         """
         raise NotImplementedError
 
@@ -109,7 +109,7 @@ class Gated(Reparameterized):
         if not isinstance(trainable, bool):
             raise ValueError(f"model.fc_type.trainable: {trainable!r} is not one of true, false.")
         self.gate_shape = gate_shape
-        # Never 0-dimensional: FSDP refuses to shard a scalar.
+        # A scalar gate has the shape (1,), because FSDP cannot shard a 0-dimensional parameter.
         size = {"scalar": 1, "row": self.weight.size(0), "column": self.weight.size(1)}[gate_shape]
         gate = self.weight.new_ones(size)
         if trainable:
@@ -124,7 +124,7 @@ class Gated(Reparameterized):
         return functional.gated_weight(self.weight, self._broadcast_gate())
 
     def start_gate_(self, scale: float, gain_init: GainInit = "method") -> None:
-        """Set α to `scale`, for both values of `gain_init`, since WeSaR defines it so."""
+        """Set α to `scale` for both values of `gain_init`: it is WeSaR's own initial value too."""
         nn.init.constant_(self.gate, scale)
 
     @classmethod
@@ -141,7 +141,7 @@ class GatedLinear(Gated, nn.Linear):
     Args:
         in_features: I.
         out_features: O.
-        bias: Whether to add b, which the gate leaves alone.
+        bias: Whether to add b. The gate does not multiply it.
         device: As for `nn.Linear`.
         dtype: As for `nn.Linear`.
         gate_shape: One α for the matrix (`scalar`, the paper), for each row or for each column (arXiv 2601.04890).
@@ -203,7 +203,7 @@ class WeightNormalized(Reparameterized):
         return functional.weight_norm(self.weight, self.gate)
 
     def start_gate_(self, scale: float, gain_init: GainInit = "method") -> None:
-        """Set the gains to the norms of the rows, as torch does; with `backbone` to `scale` times these."""
+        """Set the gates to the norms of the rows, as torch does; under `backbone` to `scale` × these norms."""
         factor = scale if gain_init == "backbone" else 1.0
         with torch.no_grad():
             self.gate.copy_(factor * torch.linalg.vector_norm(self.weight, dim=1))
@@ -237,7 +237,7 @@ class SpectrallyNormalized(Reparameterized):
     """σReparam: the virtual weight is αW/‖W‖₂ (Zhai et al. 2023; paper, appendix C.2).
 
     The singular vectors u and v are buffers. The callback `power_iteration` sets `iterate` once a step, and the next
-    forward pass makes one power iteration. So all microbatches and recomputed activations of a step have one ‖W‖₂.
+    forward pass makes one power iteration. So all microbatches and recomputed activations of a step use the same ‖W‖₂.
     """
 
     left: Tensor
@@ -259,15 +259,15 @@ class SpectrallyNormalized(Reparameterized):
             self.right.copy_(right)
 
     def virtual_weight(self) -> Tensor:
-        # Pass copies: autograd may keep them, and the next step's iteration writes to the buffers.
+        # Pass copies: autograd may keep them, and the next power iteration overwrites the buffers.
         return functional.sigma_reparam(
             self.weight, self.gate, self.left.clone(), self.right.clone(), self.differentiable_norm
         )
 
     def start_gate_(self, scale: float, gain_init: GainInit = "method") -> None:
-        """Find u and v by 32 power iterations, then set α to 1; with `backbone` to `scale` × ‖W‖₂."""
+        """Find u and v by 32 power iterations. Then set α to 1, or under `backbone` to `scale` × ‖W‖₂."""
         with torch.no_grad():
-            # Start from a fixed sequence, not from random numbers, so that all ranks and devices get the same u and v.
+            # Start from a fixed sequence instead of random numbers, so that all ranks and devices get the same u and v.
             angles = torch.arange(len(self.left), device=self.left.device, dtype=torch.float64)
             self.left.copy_(F.normalize(torch.cos(angles * angles), dim=0))
             self.iterate_(steps=32)

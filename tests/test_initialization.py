@@ -236,11 +236,11 @@ def test_emb_init_std_is_that_of_embeddings_and_positions_alone():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"expansion_ratio": 1}, "model.expansion_ratio: W_d is as wide as W_o"),
+        ({"expansion_ratio": 1}, "model.expansion_ratio: W_d has as many input features as W_o"),
         ({"head_dim": 8}, "model.head_dim: n_heads × head_dim is not d_model"),
-        ({"ffn_config": {"ffn_act_fn": {"name": "tanh"}}}, "ffn_act_fn.name: tanh has not the gain of the GELU"),
+        ({"ffn_config": {"ffn_act_fn": {"name": "tanh"}}}, "ffn_act_fn.name: tanh does not have the gain of the GELU"),
         ({"ffn_config": {"ffn_act_fn": {"name": "celu"}}}, "ffn_act_fn.name: no He gain is known for 'celu'"),
-        ({"fc_type": {"name": "wesar"}}, "wesar_ is for reparameterised layers and he_init_ for plain ones"),
+        ({"fc_type": {"name": "wesar"}}, "he_init_ is for plain layers"),
         ({"init_config": {"name": "he_init_", "emb_init_std": 0}}, "emb_init_std: 0 is not a positive number"),
     ],
 )
