@@ -166,7 +166,7 @@ def _check_ranges(
     if not 0 <= val_fraction <= 1:
         raise ValueError(f"val_fraction: {val_fraction} must be in [0, 1]")
     if val_fraction == 1 and tokenizer is None:
-        raise ValueError("val_fraction: 1 leaves no text to train a tokenizer on; give the model's as tokenizer")
+        raise ValueError("val_fraction: 1 leaves no text to train a tokenizer on; give the model's tokenizer")
     if val_fraction == 1 and max_tokens is not None:
         raise ValueError(f"max_tokens: {max_tokens} limits the train split, but val_fraction: 1 writes none; drop it")
 

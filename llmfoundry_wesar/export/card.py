@@ -103,5 +103,5 @@ the weights, so you need neither package to use it.
 |---|---|
 {verdicts}
 
-Tried: {clients.TRIED}.
+Tested with {clients.TRIED}.
 """

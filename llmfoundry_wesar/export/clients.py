@@ -47,4 +47,4 @@ def table(config: LlamaConfig, format: str) -> str:
     """Return `clients` as lines of text, with the versions that were tested."""
     rows = clients(config, format)
     width = max(map(len, rows))
-    return "\n".join([f"{name:{width}}  {verdict}" for name, verdict in rows.items()] + [f"(tried: {TRIED})"])
+    return "\n".join([f"{name:{width}}  {verdict}" for name, verdict in rows.items()] + [f"(tested with {TRIED})"])

@@ -259,7 +259,7 @@ def _train(run: Run, log: Path, lock: IO[str], bar: tqdm) -> tuple[int, float]:
     done = bar.n
     try:
         lock.truncate(0)
-        left = f"process {os.getpid()}, or if that is gone process group {trainer.pid}"
+        left = f"process {os.getpid()} or, if that has ended, process group {trainer.pid}"
         print(left, end="", file=lock, flush=True)
         # Popen.wait does not report peak memory, os.wait4 does.
         while not (ended := os.wait4(trainer.pid, os.WNOHANG))[0]:

@@ -34,7 +34,7 @@ COLUMNS = {
     "held_out_loss": "cross-entropy on eval_loader (the first, if it is a list) at the end",
     "held_out_perplexity": "exponential of held_out_loss",
     "tokens_per_second": "training without evaluation, from the end of the first batch to the end of the last",
-    "peak_memory_gb": "in 10⁹ bytes: what torch allocated on rank 0's GPU, else the largest process's resident set",
+    "peak_memory_gb": "in 10⁹ bytes: allocated by torch on rank 0's GPU; on CPUs the largest process's resident memory",
     "parameters": "number of parameters of the model, with gates and norms",
     "largest_jump": "see largest_jump",
     "spikes": "see spikes",
@@ -204,10 +204,10 @@ def table(rows: Sequence[Row]) -> str:
 def write_table(rows: Sequence[Row], path: str | Path) -> None:
     """Write the table, and below it the definitions, the conditions and the failed runs."""
     notes = [
-        f"Mean ± sample standard deviation over n runs; training loss of the last {FINAL_BATCHES} batches; time of a "
-        f"token, {_BASELINE} being 1; memory {COLUMNS['peak_memory_gb']}.",
-        f"Spikes: losses more than {SPIKE_DEVIATIONS} standard deviations above the mean of the {SPIKE_WINDOW} before. "
-        f"Largest jump: of a loss above the median of the {JUMP_WINDOW} before, in nats.",
+        f"Mean ± sample standard deviation over n runs. Training loss: mean of the last {FINAL_BATCHES} batches. "
+        f"Time: per token, divided by that of {_BASELINE}. Peak memory {COLUMNS['peak_memory_gb']}.",
+        f"Spikes: losses more than {SPIKE_DEVIATIONS} standard deviations above the mean of the {SPIKE_WINDOW} losses "
+        f"before. Largest jump: of a loss above the median of the {JUMP_WINDOW} losses before, in nats.",
     ]
     for column in ("tokens", "hardware", "commit", "versions"):
         if values := dict.fromkeys(row[column] for row in rows if row[column]):
