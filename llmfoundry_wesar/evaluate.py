@@ -4,6 +4,7 @@ All scores but the perplexity per token come from EleutherAI's lm-evaluation-har
 foundry's MPT. So models that transformers does not know, such as Post-LN ones, can be scored too.
 """
 
+import copy
 import logging
 import math
 from collections.abc import Iterable, Sequence
@@ -16,11 +17,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from llmfoundry.models.mpt.modeling_mpt import MPTForCausalLM
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
 from llmfoundry_wesar.attention import flash_or_stock_attention
 from llmfoundry_wesar.data import evaluation as evaluation_data
+from llmfoundry_wesar.data.shards import encode
 from llmfoundry_wesar.export.conversion import merge
 from llmfoundry_wesar.export.files import load
 from llmfoundry_wesar.model import WeSaRMPTForCausalLM
@@ -149,12 +153,12 @@ def token_perplexity(
 ) -> float:
     r"""Compute the perplexity per token, :math:`\exp(-\frac1n\sum\log p(x_t \mid x_{<t}))`, as in training.
 
-    The tokens of the documents, with an EOS after each, are joined and cut into windows of `context` tokens, as
+    The tokens of the documents, as `encode` gives them, are joined and cut into windows of `context` tokens, as
     `llmfoundry-wesar data` does. The first token of a window is not predicted. The last window may be shorter.
 
     Args:
         model: A causal Hugging Face model.
-        tokenizer: Its tokenizer. The text of a special token in a document is encoded as text.
+        tokenizer: Its tokenizer.
         documents: The text.
         context: Tokens in a window.
         batch_size: Windows in a batch.
@@ -162,11 +166,10 @@ def token_perplexity(
     Raises:
         ValueError: If there is no text.
     """
-    texts = list(documents)
-    if not any(texts):
+    texts = [text for text in documents if text]
+    if not texts:
         raise ValueError("perplexity per token: there is no text.")
-    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
-    ids = torch.tensor([token for text in encoded for token in (*text, tokenizer.eos_token_id)])
+    ids = torch.tensor([token for tokens in encode(tokenizer, texts) for token in tokens])
     whole = len(ids) // context * context
     batches: list[Tensor] = [*ids[:whole].view(-1, context).split(batch_size), ids[whole:].view(1, -1)]
     device = next(model.parameters()).device
@@ -178,6 +181,22 @@ def token_perplexity(
             loss += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
             count += batch[:, 1:].numel()
     return math.exp(loss / count)
+
+
+def _without_eos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a tokenizer that adds no EOS, because the harness would put it between a prompt and the answer.
+
+    A BOS stays, as in the training data.
+    """
+    if tokenizer("").input_ids[-1:] != [tokenizer.eos_token_id] or not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return tokenizer
+    ids, text = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+    start = [tokenizer.convert_ids_to_tokens(token) for token in ids[: ids.index(text[0])]]
+    copied = copy.deepcopy(tokenizer)
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in start]
+    post_processor = TemplateProcessing(single=[*start, "$A"], pair=None, special_tokens=special)
+    copied.backend_tokenizer.post_processor = post_processor  # type: ignore[assignment]
+    return copied
 
 
 def round_weights(model: WeSaRMPTForCausalLM, dtype: torch.dtype) -> MPTForCausalLM:
@@ -276,7 +295,7 @@ def evaluate(
     model.to(device)  # type: ignore[arg-type]
     context = model.config.max_seq_len
     options: dict[str, Any] = {"batch_size": batch_size, "max_length": context, "softmax_dtype": "float32"}
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, **options)  # type: ignore[arg-type]
+    lm = HFLM(pretrained=model, tokenizer=_without_eos(tokenizer), **options)  # type: ignore[arg-type]
     run: Any = simple_evaluate
     results = run(lm, tasks=list(harness_tasks.values()), limit=limit, bootstrap_iters=0, log_samples=False)
     scores: dict[str, dict[str, float]] = {}

@@ -1,10 +1,14 @@
+import copy
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
+from streaming import StreamingDataset
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -54,6 +58,56 @@ def test_the_perplexity_per_token_is_its_definition(trained):
     assert token_perplexity(model, tokenizer, documents, LENGTH, batch_size=3) == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match="there is no text"):
         token_perplexity(model, tokenizer, [], LENGTH)
+
+
+def with_special_tokens(tokenizer, start: bool, end: bool):
+    """A tokenizer that puts a BOS before each text, or an EOS after it."""
+    changed = copy.deepcopy(tokenizer)
+    changed.bos_token = "Q"  # a token of the vocabulary
+    parts = ["Q"] * start + ["$A"] + [changed.eos_token] * end
+    known = [(token, changed.convert_tokens_to_ids(token)) for token in ("Q", changed.eos_token)]
+    changed.backend_tokenizer.post_processor = TemplateProcessing(single=parts, special_tokens=known)
+    return changed
+
+
+@pytest.mark.parametrize("start, end", [(False, False), (True, False), (False, True), (True, True)])
+def test_text_is_scored_as_training_sees_it(start, end, trained, tmp_path):
+    """Tokens by hand, which `data` writes with the same tokenizer, and the loss on their windows."""
+    model, plain = load(trained["wesar"].folder)
+    tokenizer = with_special_tokens(plain, start, end)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    documents = [TEXT[:2000], TEXT[2000:3000]]
+    ids = []
+    for text in documents:
+        ids += [tokenizer.bos_token_id] * start + plain(text).input_ids + [plain.eos_token_id]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    options = {"val_fraction": 1, "shuffle": False, "tokenizer": str(tmp_path / "tokenizer")}
+    prepare(tmp_path / "shards", [tmp_path / "text.jsonl"], sequence_length=LENGTH, **options)
+    written = StreamingDataset(local=str(tmp_path / "shards"), split="val", shuffle=False, batch_size=1)
+    assert [token for row in written for token in row["tokens"].tolist()] == ids[: len(ids) // LENGTH * LENGTH]
+    losses = []
+    for i in range(0, len(ids), LENGTH):
+        window = torch.tensor([ids[i : i + LENGTH]])
+        losses.append(F.cross_entropy(model(window).logits[0, :-1], window[0, 1:], reduction="none"))
+    expected = torch.cat(losses).mean().exp().item()
+    assert token_perplexity(model, tokenizer, documents, LENGTH) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_harness_sees_the_bos_and_no_eos_before_the_answer(exported, data, tmp_path):
+    """LAMBADA's score by hand, of a model whose tokenizer adds both."""
+    model, plain = load(exported)
+    shutil.copytree(exported, tmp_path / "model")
+    tokenizer = with_special_tokens(plain, start=True, end=True)
+    tokenizer.save_pretrained(tmp_path / "model")
+    losses = []
+    for text in LAMBADA:
+        context, _, word = text.rpartition(" ")
+        prompt = [tokenizer.bos_token_id, *plain(context).input_ids]
+        target = plain(" " + word).input_ids
+        logits = model(torch.tensor([[*prompt, *target]])).logits[0, len(prompt) - 1 : -1]
+        losses.append(F.cross_entropy(logits, torch.tensor(target), reduction="sum").item())
+    scores = evaluate(tmp_path / "model", "lambada", data).scores["lambada"]
+    assert scores["of the last word"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
 
 
 def test_the_harness_scores_the_model_that_was_given(scored, exported):

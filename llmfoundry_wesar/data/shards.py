@@ -29,7 +29,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from llmfoundry_wesar.data.corpus import HUB, Corpus, batches, find_files, open_hub, progress_bar, splits
 
-__all__ = ["prepare"]
+__all__ = ["encode", "prepare"]
 
 EOS = "<|endoftext|>"
 DEFAULT_VOCAB_SIZE = 32_000
@@ -254,6 +254,19 @@ class _Packer:
         self.rest = tokens[end:]
 
 
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Return the tokens of each document: those that the tokenizer gives, such as a BOS, and an EOS at the end.
+
+    The text of a special token in a document is encoded as text.
+    """
+    eos = tokenizer.eos_token_id
+    end = [] if tokenizer("").input_ids[-1:] == [eos] else [eos]  # some tokenizers add the EOS themselves
+    encoded = tokenizer(
+        texts, split_special_tokens=True, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )
+    return [tokens + end for tokens in encoded.input_ids]
+
+
 def _write_shards(
     folder: Path,
     corpus: Corpus,
@@ -264,8 +277,6 @@ def _write_shards(
 ) -> None:
     """Write all splits to `folder` in one pass over the documents, because a streamed source may take hours to read."""
     limit = math.inf if max_tokens is None else math.ceil(max_tokens / sequence_length)
-    eos = tokenizer.eos_token_id
-    end = [] if tokenizer("").input_ids[-1:] == [eos] else [eos]  # some tokenizers add the EOS themselves
     read = 0
     with ExitStack() as stack:
         packers = {}
@@ -278,16 +289,10 @@ def _write_shards(
             bar = progress_bar("shards", max_tokens, "token")
         stack.enter_context(bar)
         for batch in batches(corpus):
-            encoded = tokenizer(
-                [document.text for document in batch],
-                split_special_tokens=True,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            ).input_ids
+            encoded = encode(tokenizer, [document.text for document in batch])
             for split, packer in packers.items():
                 labelled = zip(batch, encoded, strict=True)
-                packer.write(tokens + end for document, tokens in labelled if document.split == split)
+                packer.write(tokens for document, tokens in labelled if document.split == split)
             read += sum(document.size for document in batch)
             bar.update((read if max_tokens is None else packers["train"].sequences * sequence_length) - bar.n)
             if max_tokens is not None and packers["train"].sequences == limit:
