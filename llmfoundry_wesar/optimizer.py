@@ -1,4 +1,4 @@
-"""WeSaR's gates in the optimizer, so that any model can train with them."""
+"""AdamW with WeSaR's gates in the optimizer, so that any model can be trained with gates."""
 
 import itertools
 import math
@@ -14,48 +14,48 @@ from llmfoundry_wesar.functional import adamw_, compiled_adamw_
 from llmfoundry_wesar.initialization import is_number
 from llmfoundry_wesar.sharded import Shard, local, named_shards, shard_of, squares
 
-# A gate is held above this part of its initial value.
+# The lower bound of a gate, as a fraction of its initial value.
 FLOOR = 0.01
 
 
 class WeSaRAdamW(torch.optim.AdamW):
-    r"""Trains a plain matrix V as `torch.optim.AdamW` trains V = αW with a scalar gate α (Nishida et al. 2024, §4).
+    r"""Train each plain matrix V as `torch.optim.AdamW` trains V = αW with a scalar gate α (Nishida et al. 2024, §4).
 
     With G = ∂L/∂V, the gradients of the gated model are ∂L/∂W = αG and ∂L/∂α = ⟨G, V⟩/α. Let m̂ and v̂ be the
-    bias-corrected moments of αG, and α' the gate after its own Adam step, which has no weight decay. Then
+    bias-corrected moments of αG, and α' the gate after its own Adam step, which has no weight decay. A step gives
 
     .. math:: V' &= (\alpha'/\alpha)(1 - \mathrm{lr}\,\lambda)\,V
                     - \alpha'\,\mathrm{lr}\,\hat m/(\sqrt{\hat v} + \epsilon) \\
               \alpha_0 &= \mathrm{rms}(V_0)/\sigma
 
-    is the gated model's α'W'. Nothing is added to the model, so it may be any: fused q, k, v have one gate for the
-    three matrices, tied embeddings one for both. Parameters without a gate move as under AdamW.
+    where V' is α'W' of the gated model, and α₀ the initial gate. Any model will do: fused q, k, v have one gate for the
+    three matrices, tied embeddings have one for both. Parameters without a gate are updated as by AdamW.
 
-    The norm that `max_norm` bounds is that of the gated model's gradients,
-    :math:`\sqrt{\sum_V(\alpha^2\lVert G\rVert^2 + \langle G, V\rangle^2/\alpha^2) + \sum_p\lVert g_p\rVert^2}` with
-    p the parameters without a gate. `torch.nn.utils.clip_grad_norm_` would clip the norm of all G and g instead.
+    `max_norm` bounds the norm of the gated model's gradients,
+    :math:`\sqrt{\sum_V(\alpha^2\lVert G\rVert^2 + \langle G, V\rangle^2/\alpha^2) + \sum_p\lVert g_p\rVert^2}`, where
+    p are the parameters without a gate. `torch.nn.utils.clip_grad_norm_` would bound the norm of all G and g_p.
 
-    Two things differ from gated layers. A step that would bring α below 1% of α₀ stops there (`held`): V would become
-    0 and stay 0, where the α of a layer can cross 0. And α₀ is measured on the drawn matrix, not known from a formula.
+    There are two differences to gated layers. α is kept at or above 1% of α₀ (`held`), because at α = 0 the matrix V
+    would be 0 and stay 0; the α of a layer can cross 0. And α₀ is measured on the initial matrix, not computed.
 
-    A step changes no gradient and waits for no value on the host. If parameters are sharded, it makes one all-reduce.
+    A step changes no gradients, and the host waits for no value. If parameters are sharded, it makes one all-reduce.
 
     Args:
-        params: As for every optimizer of torch. `gated` needs names: `model.named_parameters()`, or call `bind`.
+        params: As for every optimizer of torch. `gated` needs names: pass `model.named_parameters()`, or call `bind`.
         lr: Learning rate, also of the gates.
         betas: β₁ and β₂, also of the gates.
         eps: ε, also of the gates.
-        weight_decay: λ, times lr as in torch; gates have none.
+        weight_decay: λ, multiplied by lr as in torch. Gates have no weight decay.
         sigma: σ, the common standard deviation of all W.
         max_norm: The largest norm of all gradients, or None for no clipping.
-        gated: A regular expression; a parameter in whose name it is found has a gate. By default, each parameter of
-            two or more dimensions has one.
-        fused: Whether to move each tensor by one compiled kernel. By default on CUDA only.
+        gated: A regular expression. Parameters whose name contains a match have a gate. By default, all parameters of
+            two or more dimensions have one.
+        fused: Whether to update each tensor by one compiled kernel. By default on CUDA only.
         amsgrad: Not supported.
         maximize: Not supported.
 
     Raises:
-        ValueError: If an argument is invalid, a parameter is neither float32 nor float64, or `gated` fits none.
+        ValueError: If an argument is invalid, a parameter is neither float32 nor float64, or `gated` has no match.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class WeSaRAdamW(torch.optim.AdamW):
     ):
         for key, value in (("amsgrad", amsgrad), ("maximize", maximize)):
             if value:
-                raise ValueError(f"optimizer.{key}: wesar_adamw does not support it; remove the line.")
+                raise ValueError(f"optimizer.{key}: {value!r} is not supported by wesar_adamw; remove this key.")
         for key, value in (("sigma", sigma), ("max_norm", max_norm)):
             if value is not None and not (is_number(value) and 0 < value < math.inf):
                 raise ValueError(f"optimizer.{key}: {value!r} is not a positive number.")
@@ -84,12 +84,12 @@ class WeSaRAdamW(torch.optim.AdamW):
         except (re.error, TypeError) as error:
             raise ValueError(f"optimizer.gated: {gated!r} is not a regular expression: {error}.") from error
         self.sigma, self.max_norm, self.fused = sigma, max_norm, fused
-        # What the gradients of the last step were multiplied by to clip them, 0-dimensional.
+        # The factor by which the last step clipped the gradients, 0-dimensional.
         self.clipping: Tensor | None = None
         self._names: dict[Tensor, str] = {}
         self._shards: dict[Tensor, Shard] = {}
         self._loaded = False
-        # `capturable` is for `load_state_dict`: it then puts the step counts on the device, where `step` reads them.
+        # With `capturable`, `load_state_dict` puts the step counts on the device, where `step` reads them.
         super().__init__(params, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, capturable=True)
         names = [name for group in self.param_groups for name in group.get("param_names", ())]
         if names:
@@ -101,14 +101,14 @@ class WeSaRAdamW(torch.optim.AdamW):
         for parameter in self.param_groups[-1]["params"]:
             if parameter.dtype not in (torch.float32, torch.float64):
                 raise ValueError(
-                    f"wesar_adamw: the parameters are {parameter.dtype}, in which small steps are lost; keep them in "
-                    "float32 (model.master_weights_dtype: null) and compute in bfloat16 (precision: amp_bf16)."
+                    f"wesar_adamw: small updates of {parameter.dtype} parameters are lost by rounding; keep parameters "
+                    "in float32 (model.master_weights_dtype: null) and compute in bfloat16 (precision: amp_bf16)."
                 )
 
     def bind(self, model: nn.Module) -> None:
-        """Take the names, whole shapes and shards of the parameters from the model, after it was wrapped.
+        """Read the names, shapes and shards of the parameters from the model. Call it after the model was wrapped.
 
-        Without it `gated` has no names to look at, and FSDP1's parameters have no shapes.
+        Without `bind`, `gated` has no names to search, and the shapes of FSDP1's parameters are not known.
 
         Raises:
             ValueError: If no parameter has a gate.
@@ -119,16 +119,16 @@ class WeSaRAdamW(torch.optim.AdamW):
         self._check_gated()
 
     def gates(self) -> dict[Tensor, Tensor]:
-        """The gate, 0-dimensional, of each parameter that has one. The gates start here if they have not yet.
+        """Return the gate, 0-dimensional, of each parameter that has one. Initialise the gates if that is not yet done.
 
         Raises:
-            ValueError: If α₀ of a matrix would be 0, infinite or NaN, or a loaded state has no gates or other ones.
+            ValueError: If α₀ of a matrix would be 0, infinite or NaN, or a loaded state does not have the same gates.
         """
         self._start()
         return {p: self.state[p]["gate"] for p in self._parameters() if "gate" in self.state.get(p, ())}
 
     def held(self) -> list[str]:
-        """The parameters whose gate was ever held at 1% of its initial value, by name. It waits for the device."""
+        """Return the names of the parameters whose gate was ever held at its lower bound. The host waits for this."""
         parameters = list(self.gates())
         if not parameters:
             return []
@@ -136,7 +136,7 @@ class WeSaRAdamW(torch.optim.AdamW):
         return [self._name(p) for p, held in zip(parameters, (least < floor).tolist(), strict=True) if held]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch. Whether the state has the right gates is checked at the next call of `gates` or `step`."""
+        """Load a state as torch does. The next call of `gates` or `step` checks that the state has the right gates."""
         super().load_state_dict(state_dict)
         self._loaded = True
 
@@ -151,7 +151,7 @@ class WeSaRAdamW(torch.optim.AdamW):
         sharded = ranks > 1 and any(self._shard(p).replicas < ranks for p in self._parameters())
         blocks = []
         for group in self.param_groups:
-            # A rank may hold nothing of a parameter that has a gradient elsewhere.
+            # If parameters are sharded, a rank may have no gradient of a parameter, while other ranks have one.
             moved = [p for p in group["params"] if p in self.state and (sharded or p.grad is not None)]
             for gated in (True, False):
                 members = [p for p in moved if ("gate" in self.state[p]) == gated]
@@ -170,7 +170,7 @@ class WeSaRAdamW(torch.optim.AdamW):
         self.clipping = torch.ones_like(sums[0])
         if self.max_norm is not None:
             norm = torch.stack([block.squared_norm() for block in blocks]).sum().sqrt()
-            self.clipping = (self.max_norm / (norm + 1e-6)).clamp(max=1)  # as torch.nn.utils.clip_grad_norm_ has it
+            self.clipping = (self.max_norm / (norm + 1e-6)).clamp(max=1)  # as in torch.nn.utils.clip_grad_norm_
         for block in blocks:
             block.move(self.clipping, self.fused)
         return loss
@@ -185,7 +185,7 @@ class WeSaRAdamW(torch.optim.AdamW):
         return self._names.get(parameter, f"a parameter of shape {tuple(self._shard(parameter).shape)}")
 
     def has_gate(self, parameter: Tensor) -> bool:
-        """Whether the parameter has a gate, or will have one once the gates start.
+        """Return whether the parameter has a gate, or will have one when the gates are initialised.
 
         Raises:
             ValueError: If `gated` is an expression and the optimizer does not know the parameter's name.
@@ -194,7 +194,7 @@ class WeSaRAdamW(torch.optim.AdamW):
             return len(self._shard(parameter).shape) >= 2
         if parameter not in self._names:
             raise ValueError(
-                f"optimizer.gated: {self._pattern.pattern!r} needs the parameters' names; pass "
+                f"optimizer.gated: {self._pattern.pattern!r} needs the names of the parameters; pass "
                 "model.named_parameters() to the optimizer, or call its bind(model)."
             )
         return self._pattern.search(self._names[parameter]) is not None
@@ -205,12 +205,12 @@ class WeSaRAdamW(torch.optim.AdamW):
             fits = "the default" if self._pattern is None else repr(self._pattern.pattern)
             names = ", ".join(map(self._name, trained[:8])) + (", …" if len(trained) > 8 else "")
             raise ValueError(
-                f"optimizer.gated: {fits} fits no trained parameter; the expression must be found in some of {names}."
+                f"optimizer.gated: {fits} matches no trained parameter; use an expression that matches some of {names}."
             )
 
     @torch.no_grad()
     def _start(self) -> None:
-        """Give each trained parameter that has none its state, and a gate of α₀ = rms(V₀)/σ."""
+        """Create the state of each trained parameter that has none, with the gate α₀ = rms(V₀)/σ."""
         if self._loaded:
             self._complete_loaded_state()
             self._loaded = False
@@ -225,13 +225,13 @@ class WeSaRAdamW(torch.optim.AdamW):
             sizes = torch.tensor([part.numel() for part in parts], dtype=torch.float64, device=parts[0].device)
             sums = torch.stack([torch.stack(squares(parts)).double(), sizes])
             if dist.get_world_size() > 1:
-                dist.all_reduce(sums)  # each entry counts as often as ranks hold it, in both sums
+                dist.all_reduce(sums)  # replicated entries are counted several times, but equally in both sums
             starts = dict(zip(gated, (sums[0] / sums[1]).sqrt().div(self.sigma).tolist(), strict=True))
         for parameter, gate in starts.items():
             if not 0 < gate < math.inf:
                 raise ValueError(
-                    f"wesar_adamw: {self._name(parameter)} starts with the gate rms(V)/σ = {gate:g}, which cannot be "
-                    "trained; initialise the matrix, or keep it without a gate by an expression in optimizer.gated."
+                    f"wesar_adamw: the initial gate of {self._name(parameter)} is rms(V)/σ = {gate:g}, which cannot be "
+                    "trained; initialise the matrix, or set optimizer.gated to an expression that does not match it."
                 )
         for parameter in new:
             gate = starts.get(parameter)
@@ -240,9 +240,9 @@ class WeSaRAdamW(torch.optim.AdamW):
             )
 
     def _complete_loaded_state(self) -> None:
-        """Check a loaded state, and copy to this rank what FSDP1 has loaded on other ranks only.
+        """Check a loaded state, and add the states that FSDP1 has loaded on other ranks only.
 
-        FSDP1 gives a rank no state for a parameter of which it holds nothing.
+        FSDP1 loads no state of a parameter on a rank that holds no part of the parameter.
 
         Raises:
             ValueError: If the state was saved by another optimizer, or with gates for other parameters.
@@ -254,8 +254,8 @@ class WeSaRAdamW(torch.optim.AdamW):
                 has = "a" if "gate" in state else "no"
                 raise ValueError(
                     f"optimizer: the checkpoint has {has} gate for {self._name(parameter)}. It was saved by another "
-                    "optimizer, or with another value of optimizer.gated; to start the gates from its weights, set "
-                    "load_weights_only: true."
+                    "optimizer, or with another value of optimizer.gated. To initialise the gates from its weights, "
+                    "set load_weights_only: true."
                 )
         if not any(shard.unit for shard in self._shards.values()):
             return
@@ -271,14 +271,14 @@ class WeSaRAdamW(torch.optim.AdamW):
                 self.state[parameter] = _state(parameter, step / ranks, values)
 
 
-# The state of a gate: itself, its two moments, the value below which it does not go, and the least that it was to take.
+# The state of a gate: its value, its two moments, its lower bound, and the least value before the bound was applied.
 _GATE = ("gate", "gate_exp_avg", "gate_exp_avg_sq", "gate_floor", "gate_least")
 
 
 def _state(parameter: Tensor, step: float, gate: tuple[float, ...] | None) -> dict[str, Tensor]:
-    """The state of a parameter with moments of 0.
+    """Return the state of a parameter, with moments of 0.
 
-    Each number is a 0-dimensional tensor of its own, which every kind of checkpoint keeps as it keeps AdamW's `step`.
+    Each number is a 0-dimensional tensor, as `step` is in AdamW, because all kinds of checkpoints can save these.
     """
     numbers = {"step": torch.full((), step, dtype=torch.float32, device=parameter.device)}
     for key, value in zip(_GATE, gate or (), strict=gate is not None):
@@ -292,7 +292,7 @@ def _state(parameter: Tensor, step: float, gate: tuple[float, ...] | None) -> di
 class _Block:
     """Parameters of one group that all have a gate, or all have none.
 
-    Vectors have an entry for each parameter, and are float64: in float32, 1 - βᵗ would be inexact for small t.
+    Vectors have one entry for each parameter. They are float64, because in float32 1 - βᵗ is inexact for small t.
     """
 
     def __init__(self, group: dict[str, Any], shards: list[Shard], states: list[dict[str, Tensor]]):
@@ -302,11 +302,11 @@ class _Block:
         if any(grad is not None and grad.is_sparse for grad in self.grads):
             raise RuntimeError("wesar_adamw does not support sparse gradients; set sparse: false in the embedding.")
         self.grads = [None if grad is None else local(grad) for grad in self.grads]
-        # What `terms` gave, summed over all ranks.
+        # The results of `terms`, summed over all ranks.
         self.sums: list[Tensor] = []
 
     def terms(self, clipped: bool, sharded: bool) -> list[list[Tensor]]:
-        """This rank's addends: to the ranks that have a gradient, to ‖G‖² if clipped, to ⟨G, V⟩ if gated."""
+        """Return this rank's addends to the number of ranks with a gradient, ‖G‖² if clipped, and ⟨G, V⟩ if gated."""
         zero, one = self.shards[0].local.new_zeros(()), self.shards[0].local.new_ones(())
         rows = []
         if clipped:
@@ -320,14 +320,14 @@ class _Block:
         return [[zero if grad is None else one for grad in self.grads], *rows]
 
     def squared_norm(self) -> Tensor:
-        """The sum of the squared gradients, with a gate those of W and α."""
+        """Return the sum of the squared gradients: of W and α if there are gates, else of the parameters."""
         if not self.gated:
             return self.sums[1].sum()
         gate = self._read("gate")
         return (gate.square() * self.sums[1] + (self.sums[-1] / gate).square()).sum()
 
     def move(self, clipping: Tensor, fused: bool | None) -> None:
-        """Make the step: first of the gates, then of the tensors."""
+        """Update the gates, then the parameters."""
         lr, (beta1, beta2), eps = self.group["lr"], self.group["betas"], self.group["eps"]
         self.present = self.sums[0] > 0
         step = self._write("step", self._read("step") + 1)
@@ -360,7 +360,7 @@ class _Block:
         return torch.stack([state[key] for state in self.states]).double()
 
     def _write(self, key: str, values: Tensor) -> Tensor:
-        """Set the states of the parameters that have a gradient; return those of all, as they were rounded."""
+        """Set an entry of the states whose parameters have a gradient. Return it for all states, rounded as stored."""
         old = [state[key] for state in self.states]
         new = torch.where(self.present, values, torch.stack(old)).to(old[0].dtype)
         torch._foreach_copy_(old, list(new.unbind()))  # pyright: ignore[reportPrivateImportUsage]
@@ -368,12 +368,12 @@ class _Block:
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """⟨a, b⟩, 0-dimensional. On a CPU the dot product of BLAS adds up with less care than a sum does."""
+    """Return ⟨a, b⟩, 0-dimensional. On a CPU the dot product of BLAS has larger rounding errors than torch's sum."""
     return torch.dot(a.flatten(), b.flatten()) if a.is_cuda else (a * b).sum()
 
 
 def optimizer_gates(optimizers: Iterable[torch.optim.Optimizer]) -> dict[Tensor, Shard]:
-    """The gates that optimizers keep, by parameter; each rank has all of them."""
+    """Return the gates that optimizers keep, by parameter. Every rank has all of them."""
     ranks = dist.get_world_size()
     return {
         parameter: Shard(gate, gate.shape, ranks, None)
@@ -384,7 +384,7 @@ def optimizer_gates(optimizers: Iterable[torch.optim.Optimizer]) -> dict[Tensor,
 
 
 def second_gate(layer: str) -> str:
-    """What to say where a layer that has a gate would get another one from the optimizer."""
+    """Return the error message for a layer with a gate that would get another one from the optimizer."""
     return (
         f"optimizer.name: wesar_adamw would give {layer} a second gate; write optimizer.name: adamw or, for plain "
         "layers, variables.method: wesar_adamw."

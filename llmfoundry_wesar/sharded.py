@@ -1,7 +1,7 @@
 """Parameters under DDP and FSDP: plain names, the part that a rank holds, and sums over all ranks.
 
-FSDP2 keeps a parameter as a DTensor; FSDP1 (with `use_orig_params`) as this rank's flat slice of it, often an empty
-one; on one process and under DDP each rank holds all of it.
+FSDP2 holds a parameter as a DTensor. FSDP1 (with `use_orig_params`) holds this rank's flat slice of it, which is often
+empty. On one process and under DDP each rank holds the whole parameter.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llmfoundry_wesar.layers import Reparameterized
 
-# The names under which FSDP1, activation checkpointing and torch.compile hold the module that they wrap.
+# The attributes in which FSDP1, activation checkpointing and torch.compile hold the module that they wrap.
 _WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
 
 
@@ -34,7 +34,7 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds, not copied."""
+    """Return the part of a tensor that this rank holds, without copying it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -42,10 +42,10 @@ class Shard(NamedTuple):
     """A parameter of which this rank may hold only a part.
 
     Attributes:
-        parameter: As the model holds it.
-        shape: Of the whole parameter.
+        parameter: The parameter as the model holds it.
+        shape: The shape of the whole parameter.
         replicas: The number of ranks that hold each of its elements.
-        unit: The FSDP1 module that shards it, if one does.
+        unit: The FSDP1 module that shards it, or None.
     """
 
     parameter: Tensor
@@ -55,12 +55,12 @@ class Shard(NamedTuple):
 
     @property
     def local(self) -> Tensor:
-        """The part that this rank holds, not copied."""
+        """The part that this rank holds, without copying it."""
         return local(self.parameter)
 
     @property
     def local_grad(self) -> Tensor:
-        """The gradient of that part, empty if there is none."""
+        """The gradient of this rank's part; empty if there is none."""
         grad = self.parameter.grad
         if grad is None:
             return self.local.new_empty(0)
@@ -68,7 +68,7 @@ class Shard(NamedTuple):
 
 
 def shard_of(parameter: Tensor) -> Shard:
-    """How a parameter that FSDP1 does not shard lies on the ranks."""
+    """Return the `Shard` of a parameter that FSDP1 does not shard."""
     parts = 1
     if isinstance(parameter, DTensor):
         dimensions = zip(parameter.placements, parameter.device_mesh.shape, strict=True)
@@ -77,7 +77,7 @@ def shard_of(parameter: Tensor) -> Shard:
 
 
 def named_shards(model: nn.Module) -> dict[str, Shard]:
-    """All parameters of a model, and its untrained gates, by the name that they have on one process.
+    """Return all parameters and all untrained gates of a model, by their names on one process.
 
     Raises:
         ValueError: If FSDP1 has merged parameters into flat ones, which have neither names nor shapes.
@@ -91,7 +91,7 @@ def named_shards(model: nn.Module) -> dict[str, Shard]:
         merged = unit._handle.flat_param
         if merged._params is None:
             raise ValueError(
-                "fsdp_config.use_orig_params: false leaves no matrices to watch; set it to true or remove the monitors."
+                "fsdp_config.use_orig_params: false merges all matrices into flat parameters; set it to true."
             )
         replicas = ranks // unit._handle.world_size if unit._handle.uses_sharded_strategy else ranks
         for parameter, shape in zip(merged._params, merged._shapes, strict=True):
@@ -107,19 +107,19 @@ def named_shards(model: nn.Module) -> dict[str, Shard]:
 
 
 def module_path(parameter: str) -> str:
-    """The name under which a parameter is logged: that of its module if it is called ``weight``, else its own."""
+    """Return the name under which a parameter is logged: its module's if it is called ``weight``, else its own."""
     path, _, leaf = parameter.rpartition(".")
     return path if leaf == "weight" and path else parameter
 
 
 def reparameterized_layers(model: nn.Module) -> dict[str, Reparameterized]:
-    """The layers with a gate, by the name that they have on one process."""
+    """Return the layers with a gate, by their names on one process."""
     modules = _unwrap(model).named_modules()
     return {_plain(name): module for name, module in modules if isinstance(module, Reparameterized)}
 
 
 class _VirtualWeight(nn.Module):
-    """Has a layer's virtual weight as its output, so that `functional_call` can evaluate it on other parameters."""
+    """Return a layer's virtual weight in `forward`, so that `functional_call` can compute it from other parameters."""
 
     def __init__(self, layer: Reparameterized):
         super().__init__()
@@ -131,13 +131,13 @@ class _VirtualWeight(nn.Module):
 
 @torch.no_grad()
 def virtual_slices(layers: Sequence[tuple[Reparameterized, FSDP1 | None]]) -> list[Tensor]:
-    """This rank's equal part of each layer's virtual weight, flat.
+    """Return this rank's slice of each layer's virtual weight, flat. The slices of all ranks have about equal sizes.
 
-    A virtual weight may depend on all of W, so each rank gathers W and α whole: with one collective for each parameter
-    under FSDP2, for each FSDP unit under FSDP1. Only the slices outlive the call.
+    A virtual weight may depend on all of W, so each rank gathers the whole W and α: by one collective for each
+    parameter under FSDP2, or for each FSDP1 module. Only the slices stay in memory.
 
     Args:
-        layers: Each layer with the FSDP1 module that shards it, if one does.
+        layers: Each layer with the FSDP1 module that shards it, or None.
     """
     slices = []
     for unit, group in itertools.groupby(layers, key=lambda pair: pair[1]):
@@ -157,18 +157,18 @@ def virtual_slices(layers: Sequence[tuple[Reparameterized, FSDP1 | None]]) -> li
 
 
 def squares(tensors: list[Tensor]) -> list[Tensor]:
-    """The sum of the squared elements of each tensor, 0-dimensional; accumulated in float32 or wider."""
+    """Return the sum of the squared elements of each tensor, 0-dimensional. It is summed in float32 or wider."""
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
     norms = torch._foreach_norm(tensors, 2, dtype=dtype)  # pyright: ignore[reportPrivateImportUsage]
     return list(torch._foreach_mul(norms, norms))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def sum_over_ranks(parts: Mapping[str, Sequence[Tensor]], device: Device) -> dict[str, Tensor]:
-    """Add scalars up over all ranks, with one all-reduce for all of them and one transfer to the host.
+    """Sum scalars over all ranks, with one all-reduce and one transfer to the host.
 
     Args:
         parts: This rank's addends by name, 0-dimensional.
-        device: Where collectives run.
+        device: The device of the collectives.
 
     Returns:
         The sums by name, 1-D, in float64 and on the host.

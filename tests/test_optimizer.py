@@ -307,9 +307,9 @@ def test_a_state_goes_through_a_file_to_the_bit(tmp_path):
         ({"sigma": math.nan}, "sigma: nan is not"),
         ({"max_norm": -1.0}, "max_norm: -1.0 is not"),
         ({"gated": "("}, r"optimizer.gated: '\(' is not a regular expression"),
-        ({"gated": "lm_heat"}, "optimizer.gated: 'lm_heat' fits no trained parameter; .* some of a.weight, b.bias"),
-        ({"amsgrad": True}, "amsgrad: wesar_adamw does not support it; remove"),
-        ({"maximize": True}, "maximize: wesar_adamw does not support it; remove"),
+        ({"gated": "lm_heat"}, "optimizer.gated: 'lm_heat' matches no trained parameter; .* some of a.weight, b.bias"),
+        ({"amsgrad": True}, "amsgrad: True is not supported by wesar_adamw; remove"),
+        ({"maximize": True}, "maximize: True is not supported by wesar_adamw; remove"),
         ({"lr": -1.0}, "Invalid learning rate: -1.0"),
         ({"betas": (0.9, 1.5)}, "Invalid beta parameter at index 1: 1.5"),
     ],
@@ -320,14 +320,14 @@ def test_wrong_options_are_refused(options, message):
 
 
 def test_parameters_that_cannot_have_a_gate_are_refused():
-    with pytest.raises(ValueError, match=r"the parameters are torch.bfloat16.*amp_bf16"):
+    with pytest.raises(ValueError, match=r"of torch.bfloat16 parameters.*amp_bf16"):
         WeSaRAdamW([nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))])
     zeros = nn.Parameter(torch.zeros(2, 2))
-    with pytest.raises(ValueError, match=r"a.weight starts with the gate .* = 0, which cannot be trained"):
+    with pytest.raises(ValueError, match=r"the initial gate of a.weight is .* = 0, which cannot be trained"):
         WeSaRAdamW([("a.weight", zeros)]).gates()
-    with pytest.raises(ValueError, match="the default fits no trained parameter"):
+    with pytest.raises(ValueError, match="the default matches no trained parameter"):
         WeSaRAdamW([nn.Parameter(torch.ones(3))]).gates()
-    with pytest.raises(ValueError, match=r"gated: 'up' needs the parameters' names; pass model.named_parameters\(\)"):
+    with pytest.raises(ValueError, match=r"gated: 'up' needs the names of the parameters; pass model.named_param"):
         WeSaRAdamW([matrix()], gated="up").gates()
 
 
