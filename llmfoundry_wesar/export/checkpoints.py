@@ -15,7 +15,10 @@ from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
+from composer.core import Time, Timestamp, TimeUnit
 from composer.models import HuggingFaceModel
+from llmfoundry.callbacks.curriculum_learning_callback import CurriculumLearningState
+from llmfoundry.callbacks.dataset_swap_callback import DatasetSwapStateDict
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
@@ -25,8 +28,14 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.torch_version import TorchVersion
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-# Classes that Composer saves besides tensors and plain containers: times, numpy's random state, torch's version.
+# Classes that Composer and foundry save besides tensors and plain containers: times, numpy's random state, torch's
+# version, and the states of foundry's callbacks. None of them runs code when it is loaded.
 _PLAIN_CLASSES: list[Any] = [
+    Time,
+    Timestamp,
+    TimeUnit,
+    CurriculumLearningState,
+    DatasetSwapStateDict,
     datetime.timedelta,
     TorchVersion,
     np.ndarray,

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from composer.core import Time, Timestamp
+from llmfoundry.callbacks.curriculum_learning_callback import CurriculumLearningState
+from llmfoundry.callbacks.dataset_swap_callback import DatasetSwapStateDict
 
 from llmfoundry_wesar.export.checkpoints import Progress, find_checkpoint, read_checkpoint
 from llmfoundry_wesar.export.files import load
@@ -34,6 +37,19 @@ def test_a_whole_checkpoint_is_the_model_that_was_trained(trained):
     assert len(checkpoint.tokenizer) == VOCABULARY
     model, _ = load(trained["wesar"].folder)
     assert torch.equal(logits(model, trained["wesar"].ids), trained["wesar"].logits)
+
+
+def test_the_states_of_composers_and_foundrys_callbacks_are_read(trained, tmp_path):
+    """All of foundry's that are more than numbers and names, and Composer's times."""
+    state = torch.load(find_checkpoint(trained["wesar"].folder), weights_only=False)
+    schedule = [{"duration": Time(3, "tok"), "dataset": {"local": "x"}}]
+    state["state"]["callbacks"] = {
+        "CurriculumLearning": {"state": CurriculumLearningState(schedule, 1)},
+        "DatasetSwap": {"callback_state": DatasetSwapStateDict(0, schedule)},
+        "Timed": {"last": Timestamp(batch=3), "share": Time(0.5, "dur")},
+    }
+    torch.save(state, tmp_path / "latest.pt")
+    assert read_checkpoint(tmp_path / "latest.pt").progress.batches == 4
 
 
 def test_a_folder_means_its_latest_checkpoint(trained, sharded, tmp_path):
