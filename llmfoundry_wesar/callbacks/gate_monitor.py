@@ -1,4 +1,4 @@
-"""The gates, of layers or of the optimizer."""
+"""Log the gates of the layers or of the optimizer."""
 
 import math
 import warnings
@@ -15,26 +15,26 @@ from llmfoundry_wesar.sharded import Shard, module_path, named_shards, reparamet
 
 
 class GateMonitor(IntervalCallback):
-    """Logs the gates, as the forward passes of a due step used them.
+    """Log the gates that the forward passes of a due step used.
 
     +----------------------+-------------------------------------------------------------------+
     | Key                  | Logged data                                                       |
     +======================+===================================================================+
-    | ``gate/MODULE``      | α, of a layer with a single one, or of `WeSaRAdamW`               |
+    | ``gate/MODULE``      | α of a layer with a single gate, or of `WeSaRAdamW`               |
     +----------------------+-------------------------------------------------------------------+
     | ``gate/MODULE/mean`` | the mean of the gates of a layer with one for each row or column  |
     +----------------------+-------------------------------------------------------------------+
-    | ``gate/MODULE/min``  | the least of them                                                 |
+    | ``gate/MODULE/min``  | the least of these gates                                          |
     +----------------------+-------------------------------------------------------------------+
-    | ``gate/MODULE/max``  | the greatest of them                                              |
+    | ``gate/MODULE/max``  | the greatest of these gates                                       |
     +----------------------+-------------------------------------------------------------------+
 
-    MODULE is the plain module path, as `UpdateRatioMonitor` has it. A value is logged at the number of steps before
-    the due one, so the initial gates are at 0. A due step costs one collective and one transfer to the host, other
-    steps nothing.
+    MODULE is the plain module path, as in `UpdateRatioMonitor`. A value is logged at the number of steps done before
+    the due step, so the initial gates are logged at 0. A due step costs one collective and one transfer to the host.
+    Other steps cost nothing.
 
     Args:
-        interval: Which steps are due, in Composer's time strings: with "10ba" the steps 0, 10, 20, …
+        interval: A Composer time string: with "10ba" the steps 0, 10, 20, … are due.
 
     Raises:
         ValueError: If `interval` is not a positive time.
@@ -47,7 +47,7 @@ class GateMonitor(IntervalCallback):
 
     @torch.no_grad()
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        """Log the gates of a due step, once FSDP has put the sharded parameters back."""
+        """Log the gates of a due step. Under FSDP the parameters are sharded again by now."""
         if not self.due(state):
             return
         gates = _gates(state)
@@ -67,7 +67,7 @@ class GateMonitor(IntervalCallback):
 
 
 def _gates(state: State) -> dict[str, Shard]:
-    """The gates by the path of the module."""
+    """Return the gates by module path."""
     shards = named_shards(state.model)
     kept = optimizer_gates(state.optimizers)
     return {name: shards[f"{name}.gate"] for name in reparameterized_layers(state.model)} | {
@@ -76,7 +76,7 @@ def _gates(state: State) -> dict[str, Shard]:
 
 
 def _summary(local: Tensor) -> Tensor:
-    """The sum, the least and the greatest of this rank's part of a gate, (3,) in float64."""
+    """Return the sum, the least and the greatest value of this rank's part of a gate, (3,) in float64."""
     total = local.sum(dtype=torch.float64)
     extremes = local.double().aminmax() if local.numel() > 0 else (total + math.inf, total - math.inf)
     return torch.stack([total, *extremes])

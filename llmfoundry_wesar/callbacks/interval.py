@@ -1,4 +1,4 @@
-"""A callback that acts on the steps which an interval in Composer's time strings selects."""
+"""The base class of callbacks that act at an interval, which is a Composer time string."""
 
 import math
 
@@ -11,12 +11,12 @@ def _parse(interval: str | Time) -> Time:
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"interval: {interval!r} is not a time such as '10ba', '1ep' or '1e6tok'.") from error
     if time.value <= 0:
-        raise ValueError(f"interval: {interval!r} is not positive; leave the callback out to log nothing.")
+        raise ValueError(f"interval: {interval!r} is not positive; to log nothing, remove the callback.")
     return time
 
 
 def _one_step_back(now: Timestamp, batches_per_epoch: int | None) -> Timestamp:
-    """The timestamp before the last step, supposing that all steps were of one size."""
+    """Return the timestamp before the last step, assuming that all steps had the same size."""
     steps = now.batch.value
     new_epoch = now.batch_in_epoch.value == 0
     return now.copy(
@@ -30,14 +30,14 @@ def _one_step_back(now: Timestamp, batches_per_epoch: int | None) -> Timestamp:
 
 
 class IntervalCallback(Callback):
-    """Knows which training steps are due: the first, and each one before which a multiple of the interval was passed.
+    """Find the training steps that are due: the first, and each step before which another interval has ended.
 
-    With "10ba" these are the steps 0, 10, 20, …, with "1ep" the first one of each epoch. No state goes into
-    checkpoints, since a sharded one that was saved without this callback could then not be loaded with it. A resumed
-    run has the due steps of an uninterrupted one if the step before was of the run's usual size.
+    With "10ba" the steps 0, 10, 20, … are due, with "1ep" the first step of each epoch. Checkpoints contain no state of
+    the callback, because a sharded checkpoint that was saved without the callback could then not be loaded with it. A
+    resumed run has the same due steps as an uninterrupted run, if the last step before it had the usual size.
 
     Args:
-        interval: A positive time in Composer's units: ba, ep, sp, tok, sec, or dur for a part of the training.
+        interval: A positive time in Composer's units: ba, ep, sp, tok, sec, or dur for a fraction of the training.
 
     Raises:
         ValueError: If `interval` is not such a time.
@@ -48,7 +48,7 @@ class IntervalCallback(Callback):
         self._passed: int | None = None
 
     def due(self, state: State) -> bool:
-        """Whether to measure the present step; True only once in it, and to be asked before the timestamp moves on."""
+        """Return whether the current step is due. Call this once in each step, before the timestamp advances."""
         previous, self._passed = self._passed, self._multiples(state, state.timestamp)
         if previous is None and state.timestamp.batch.value > 0:
             batches_per_epoch = None if state.dataloader_len is None else state.dataloader_len.value
@@ -56,7 +56,7 @@ class IntervalCallback(Callback):
         return self._passed != previous
 
     def _multiples(self, state: State, timestamp: Timestamp) -> int:
-        """How many multiples of the interval lie between the start of training and `timestamp`."""
+        """Return the number of whole intervals between the start of training and `timestamp`."""
         unit, length = self.interval.unit, self.interval.value
         if unit == TimeUnit.DURATION:
             assert state.max_duration is not None  # set while training
@@ -64,5 +64,5 @@ class IntervalCallback(Callback):
         elapsed = timestamp.get(unit).value
         if unit == TimeUnit.EPOCH and state.dataloader_len is not None:
             elapsed += timestamp.batch_in_epoch.value / state.dataloader_len.value
-        # 0.07 of 100 steps are 7.000000000000001.
+        # Allow for rounding errors: 0.07 × 100 steps are 7.000000000000001.
         return math.floor(elapsed / length + 1e-9)

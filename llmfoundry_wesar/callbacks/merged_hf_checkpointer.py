@@ -1,4 +1,4 @@
-"""Plain Hugging Face models, during training."""
+"""Save merged Hugging Face models during training."""
 
 import logging
 import os
@@ -25,35 +25,35 @@ _KEY = "callbacks.merged_hf_checkpointer.huggingface_folder_name"
 
 
 class MergedHuggingFaceCheckpointer(HuggingFaceCheckpointer):
-    """Foundry's `HuggingFaceCheckpointer`, saving the merged model that `llmfoundry-wesar export --format hf` writes.
+    """Save the merged model that `llmfoundry-wesar export --format hf` writes, by foundry's `HuggingFaceCheckpointer`.
 
-    It merges in float32 on rank 0, whatever `precision` is written. A local folder appears whole or not at all, but for
-    the last one if `mlflow_registered_model_name` is set, since MLflow goes on reading the folder that it is given. A
-    folder of that name which is there already is replaced if every file in it is one that the new one has too;
-    otherwise it is renamed, and stays.
+    The gates are merged in float32 on rank 0; then the weights are rounded to `precision`. A local folder is written
+    completely or not at all. The exception is the last folder if `mlflow_registered_model_name` is set, because MLflow
+    continues to read it. An existing folder of the same name is replaced if the new one has all of its files.
+    Otherwise the existing folder is renamed and kept.
 
     Args:
         *args: As for `HuggingFaceCheckpointer`.
-        **kwargs: As for `HuggingFaceCheckpointer`: `save_folder`, `save_interval`, `precision`, …
+        **kwargs: As for `HuggingFaceCheckpointer`, such as `save_folder`, `save_interval` and `precision`.
 
     Raises:
-        ValueError: At the start of the run, if neither Arcee nor Llama can express the model, or
+        ValueError: At the start of the run, if neither Arcee nor Llama can represent the model, or
             `huggingface_folder_name` is not a folder below `save_folder/huggingface`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        # The base class casts what it gathers to `dtype`: W and α, not their product.
+        # The base class rounds W and α to `dtype` when it gathers them. Only their product may be rounded.
         self.merged_dtype, self.dtype = self.dtype, torch.float32
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
-        """Refuse what cannot be exported before it is trained; the rest is the base class's."""
+        """Check before training that the model can be exported. Pass all events to the base class."""
         if event == Event.INIT:
             config = getattr(state.model, "config", None)
             if not isinstance(config, WeSaRMPTConfig):
                 raise ValueError(
-                    "callbacks.merged_hf_checkpointer goes with model.name: wesar_mpt_causal_lm; "
-                    "other models have nothing to merge, use hf_checkpointer."
+                    "callbacks.merged_hf_checkpointer needs model.name: wesar_mpt_causal_lm. "
+                    "For other models, which have no gates to merge, use hf_checkpointer."
                 )
             self.trained_config = config
             self.plain_config = hf_config(config)
@@ -69,7 +69,7 @@ class MergedHuggingFaceCheckpointer(HuggingFaceCheckpointer):
         try:
             for name, weight in plain.state_dict().items():
                 require_finite(name, weight)
-        except ValueError as error:  # its checkpoint may still be of use, and so may the rest of the run
+        except ValueError as error:  # only warn, since the run and its checkpoints may still be useful
             log.warning("callbacks.merged_hf_checkpointer: %s", error)
         self.parameters = plain.num_parameters()
         return plain, tokenizer
@@ -89,7 +89,7 @@ class MergedHuggingFaceCheckpointer(HuggingFaceCheckpointer):
         Path(save_dir, "README.md").write_text(card, encoding="utf-8")
 
     def _name(self, state: State) -> str:
-        """Return where in the `save_folder` a model is written now."""
+        """Return the path below `save_folder` to which the model is written at this step."""
         name = format_name_with_dist_and_time(self.huggingface_folder_name_fstr, state.run_name, state.timestamp)
         path = PurePosixPath(os.path.normpath(name))
         if path.parts[:1] != ("huggingface",) or len(path.parts) < 2:
@@ -103,14 +103,14 @@ class MergedHuggingFaceCheckpointer(HuggingFaceCheckpointer):
         self, state: State, logger: Logger, upload_to_save_folder: bool, register_to_mlflow: bool
     ) -> None:
         format_string, name = self.huggingface_folder_name_fstr, self._name(state)
-        # A remote folder is uploaded from a temporary one, and MLflow goes on reading the folder that it is given.
+        # A remote folder is uploaded from a temporary one. MLflow continues to read the local folder after this call.
         if self.remote_ud is not None or register_to_mlflow:
             return super()._save_checkpoint(state, logger, upload_to_save_folder, register_to_mlflow)
         save_folder = format_name_with_dist_and_time(self.save_dir_format_str, state.run_name, state.timestamp)
         writing = dist.get_global_rank() == 0
         with whole(Path(save_folder, name), replace=True) if writing else nullcontext() as partial:
             if partial is not None:
-                # The base class formats it once more.
+                # Escape braces, because the base class formats this string.
                 relative = os.path.relpath(partial, save_folder).replace("{", "{{").replace("}", "}}")
                 self.huggingface_folder_name_fstr = relative
             try:

@@ -1,4 +1,4 @@
-"""What the trainer has to do for `wesar_adamw`."""
+"""Prepare `wesar_adamw` for training, and watch its gates."""
 
 import warnings
 
@@ -12,13 +12,13 @@ from llmfoundry_wesar.sharded import reparameterized_layers
 
 
 class OptimizerGates(IntervalCallback):
-    """Prepares `WeSaRAdamW` for training, and warns when a gate was held at its floor.
+    """Prepare `WeSaRAdamW` for training, and warn if a gate was held at its lower bound.
 
-    A config with ``optimizer.name: wesar_adamw`` gets this callback without naming it. It tells the optimizer the names
-    and shards of the parameters, refuses what cannot train with it, and starts the gates before the first step.
+    The plugin adds this callback to every config with ``optimizer.name: wesar_adamw``. The callback gives the optimizer
+    the names and shards of the parameters, refuses wrong configs, and initialises the gates before the first step.
 
     Args:
-        interval: How often to look for held gates, in Composer's time strings. A look waits for the device once.
+        interval: How often to check for held gates, as a Composer time string. Each check waits for the device.
 
     Raises:
         ValueError: Before training, if gradients would be clipped twice, if layers have gates of their own, if no
@@ -30,26 +30,26 @@ class OptimizerGates(IntervalCallback):
         self._held: set[str] = set()
 
     def before_load(self, state: State, logger: Logger) -> None:
-        """Check the run, and give the optimizer the names that its state is loaded by."""
+        """Check the config, and give the optimizer the names of the parameters, by which its state is loaded."""
         for optimizer in _optimizers(state):
             clipping = any(isinstance(algorithm, GradientClipping) for algorithm in state.algorithms)
             if clipping and optimizer.max_norm is not None:
                 raise ValueError(
-                    f"algorithms.gradient_clipping: wesar_adamw clips by optimizer.max_norm: {optimizer.max_norm} "
-                    "already; remove gradient_clipping from algorithms."
+                    f"algorithms.gradient_clipping: gradients are already clipped by optimizer.max_norm: "
+                    f"{optimizer.max_norm}; remove gradient_clipping from algorithms."
                 )
             if layers := list(reparameterized_layers(state.model)):
                 raise ValueError(second_gate(layers[0]))
             optimizer.bind(state.model)
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """Look at the model again, since loading may have wrapped it, and start the gates that were not loaded."""
+        """Bind the optimizer again, since loading may wrap the model. Initialise the gates that were not loaded."""
         for optimizer in _optimizers(state):
             optimizer.bind(state.model)
             if state.timestamp.batch.value > 0 and not optimizer.state:
                 raise ValueError(
-                    f"load_path: the checkpoint has done {state.timestamp.batch.value} steps with another optimizer "
-                    "than wesar_adamw; set load_weights_only: true to start the gates from its weights."
+                    f"load_path: the checkpoint has {state.timestamp.batch.value} steps of another optimizer than "
+                    "wesar_adamw; set load_weights_only: true to initialise the gates from its weights."
                 )
             optimizer.gates()
 
@@ -65,8 +65,8 @@ class OptimizerGates(IntervalCallback):
         self._held |= held
         if held:
             warnings.warn(
-                f"wesar_adamw: the gates of {', '.join(sorted(held))} were held at 1% of their initial values; a lower "
-                "optimizer.lr moves them less.",
+                f"wesar_adamw: the gates of {', '.join(sorted(held))} were held at 1% of their initial values. If this "
+                "is unwanted, lower optimizer.lr.",
                 stacklevel=2,
             )
 

@@ -1,4 +1,4 @@
-"""One power iteration a training step for σReparam."""
+"""Make one power iteration in each training step, for σReparam."""
 
 from composer.core import Callback, State
 from composer.loggers import Logger
@@ -7,10 +7,10 @@ from llmfoundry_wesar.layers import SpectrallyNormalized
 
 
 class PowerIteration(Callback):
-    """Let every σReparam layer move its singular vectors once a step (paper, appendix C.2; Miyato et al. 2018).
+    """Make every σReparam layer update its singular vectors once a step (paper, appendix C.2; Miyato et al. 2018).
 
-    The layer iterates in its first forward pass of the step, where the weight is whole also under FSDP, so this costs
-    two products of a matrix with a vector and no communication. Models without such layers are left alone.
+    The layer does this in the first forward pass of the step. There each rank has the whole weight, under FSDP too, so
+    the update costs two matrix-vector products and no communication. Models without such layers are not changed.
     """
 
     def batch_start(self, state: State, logger: Logger) -> None:

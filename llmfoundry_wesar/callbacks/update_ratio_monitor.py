@@ -1,4 +1,4 @@
-"""The update ratio of every matrix, measured around the real optimizer step."""
+"""Log the update ratio of every matrix, measured on the real optimizer step."""
 
 import re
 from collections.abc import Sequence
@@ -29,44 +29,44 @@ METRICS = ("update_ratio", "virtual_update_ratio", "weight_norm", "virtual_weigh
 
 
 class UpdateRatioMonitor(IntervalCallback):
-    """Logs how far an optimizer step moves each matrix, relative to the matrix.
+    """Log how much an optimizer step changes each matrix, relative to the matrix.
 
-    Measured for every trainable parameter of two or more dimensions, in any model, around the real step: W is the
-    parameter before it and W' after it, whatever the optimizer, its parameter groups, clipping, schedule or loss
-    scaling did. V is the virtual weight, αW with a gate; ‖·‖ is the Euclidean norm of all elements. Where `WeSaRAdamW`
-    keeps the gate, the parameter is V, and W = V/α.
+    It measures every trainable parameter of two or more dimensions, in any model. W is the parameter before the real
+    step and W' after it, so clipping, schedule, parameter groups and loss scaling are included. V is the virtual weight
+    (αW if there is a gate), and ‖·‖ the Euclidean norm of all elements. If `WeSaRAdamW` keeps the gate, the parameter
+    is V, and W = V/α.
 
     +---------------------------------+------------------------------------------------------------------+
     | Key                             | Logged data                                                      |
     +=================================+==================================================================+
-    | ``update_ratio/MODULE``         | ‖W' - W‖ / ‖W‖; 0 if nothing moved, inf if W was 0 and moved     |
+    | ``update_ratio/MODULE``         | ‖W' - W‖ / ‖W‖; 0 if W' = W, inf if W was 0 and changed          |
     +---------------------------------+------------------------------------------------------------------+
-    | ``virtual_update_ratio/MODULE`` | ‖V' - V‖ / ‖V‖, likewise                                         |
+    | ``virtual_update_ratio/MODULE`` | ‖V' - V‖ / ‖V‖; 0 if V' = V, inf if V was 0 and changed          |
     +---------------------------------+------------------------------------------------------------------+
     | ``weight_norm/MODULE``          | ‖W‖                                                              |
     +---------------------------------+------------------------------------------------------------------+
     | ``virtual_weight_norm/MODULE``  | ‖V‖                                                              |
     +---------------------------------+------------------------------------------------------------------+
-    | ``grad_norm/MODULE``            | ‖∂L/∂W‖ as handed to the optimizer, thus clipped; 0 without one  |
+    | ``grad_norm/MODULE``            | ‖∂L/∂W‖ after clipping; 0 if there is no gradient                |
     +---------------------------------+------------------------------------------------------------------+
 
-    MODULE is the plain module path, such as ``model.transformer.blocks.11.ffn.down_proj``, the same on one process and
-    under DDP and FSDP; a parameter not called ``weight`` adds its name. Layers that are not reparameterised have no
-    virtual metrics. A value is logged at the number of steps done, as Composer's own monitors do: the first one at 1.
+    MODULE is the plain module path, such as ``model.transformer.blocks.11.ffn.down_proj``. It is the same under DDP and
+    FSDP. If the parameter is not called ``weight``, its name is added. Layers that are not reparameterised have no
+    virtual metrics. A value is logged at the number of steps done, so the first is at 1.
 
     A due step costs one all-reduce, one transfer to the host and, for the update ratios, a copy of this rank's part of
-    the matrices during the optimizer step. Virtual metrics of a layer whose virtual weight is not αW with a single α
-    gather its matrix on each rank, before and after the step (`virtual_slices`). Other steps cost nothing.
+    the matrices during the optimizer step. If a layer's virtual weight is not αW with a single α, its virtual metrics
+    gather the matrix on each rank, before and after the step (`virtual_slices`). Other steps cost nothing.
 
     Args:
-        interval: Which steps are due, in Composer's time strings: with "10ba" the steps 0, 10, 20, …
-        metrics: Those of the table to log.
-        include: A regular expression; only modules in whose path it is found are measured.
-        exclude: A regular expression; modules in whose path it is found are not.
+        interval: A Composer time string: with "10ba" the steps 0, 10, 20, … are due.
+        metrics: The metrics of the table to log.
+        include: A regular expression. Only modules whose path contains a match are measured.
+        exclude: A regular expression. Modules whose path contains a match are not measured.
 
     Raises:
-        ValueError: If an argument is invalid, or when training starts, if an expression fits no matrix or the two
-            leave none.
+        ValueError: If an argument is invalid; at the start of training, if an expression matches no matrix or no matrix
+            is left.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class UpdateRatioMonitor(IntervalCallback):
         super().__init__(interval)
         self.metrics = ensure_tuple(metrics)
         if not self.metrics or not set(self.metrics) <= set(METRICS):
-            raise ValueError(f"metrics: {list(self.metrics)}: choose one or more of {', '.join(METRICS)}.")
+            raise ValueError(f"metrics: {list(self.metrics)} is not a list of one or more of {', '.join(METRICS)}.")
         self.include = _compile("include", include)
         self.exclude = _compile("exclude", exclude)
         self._step: _Step | None = None
@@ -89,13 +89,13 @@ class UpdateRatioMonitor(IntervalCallback):
         names = [matrix.name for matrix in _matrices(state)]
         for key, pattern in (("include", self.include), ("exclude", self.exclude)):
             if pattern is not None and not any(map(pattern.search, names)):
-                raise ValueError(f"{key}: {pattern.pattern!r} fits none of the matrices: {', '.join(names)}.")
+                raise ValueError(f"{key}: {pattern.pattern!r} matches none of the matrices {', '.join(names)}.")
         if not any(map(self._selects, names)):
-            raise ValueError("include, exclude: they leave no trainable matrix for update_ratio_monitor.")
+            raise ValueError("include, exclude: no trainable matrix is left for update_ratio_monitor.")
 
     @torch.no_grad()
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        """Keep what a due step is going to change; algorithms have clipped the gradients by now."""
+        """Record the values before a due step. Algorithms have clipped the gradients by now."""
         if self.due(state):
             matrices = [matrix for matrix in _matrices(state) if self._selects(matrix.name)]
             self._step = _Step(matrices, self.metrics, state.optimizers) if matrices else None
@@ -123,12 +123,12 @@ class _Matrix(NamedTuple):
     name: str
     parameter: Shard
     gate: Shard | None  # if the virtual weight is αW with a single α
-    is_virtual: bool  # whether the parameter is αW, and the gate the optimizer's
-    layer: Reparameterized | None  # if the virtual weight is anything else but W
+    is_virtual: bool  # whether the parameter is αW, because the optimizer has the gate
+    layer: Reparameterized | None  # if the virtual weight is neither W nor αW with a single α
 
 
 def _matrices(state: State) -> list[_Matrix]:
-    """The trainable matrices of the model."""
+    """Return the trainable matrices of the model."""
     shards = named_shards(state.model)
     layers = reparameterized_layers(state.model)
     kept = optimizer_gates(state.optimizers)
@@ -146,10 +146,10 @@ def _matrices(state: State) -> list[_Matrix]:
 
 
 class _Step:
-    """One optimizer step: what there was before it, and with `finish` the metrics.
+    """Hold the values before one optimizer step. `finish` returns the metrics after it.
 
-    Lists hold the parameters, then those virtual weights that have to be evaluated. What there is to say about αW
-    follows from ‖W‖, ‖ΔW‖, ⟨ΔW, W⟩ and α; where the parameter is V, what there is to say about W = V/α likewise.
+    Lists hold the parameters, then the virtual weights that have to be computed. The metrics of αW follow from ‖W‖,
+    ‖ΔW‖, ⟨ΔW, W⟩ and α. If the parameter is V, the metrics of W = V/α follow in the same way.
     """
 
     def __init__(self, matrices: list[_Matrix], metrics: tuple[str, ...], optimizers: Sequence[Optimizer]):
@@ -162,7 +162,7 @@ class _Step:
         parameters = self._parameters()
         self.addends = {"parameter": squares(parameters), "gate": self._gates()}
         if "grad_norm" in metrics:
-            # Not after the step, since an optimizer may write to gradients (SGD with Nesterov's momentum does).
+            # Before the step, since an optimizer may overwrite gradients (SGD with Nesterov's momentum does).
             self.addends["grad"] = squares([matrix.parameter.local_grad for matrix in matrices])
         moves = any(metric.endswith("update_ratio") for metric in metrics)
         self.before = [part.to(_wide(part), copy=True) for part in parameters] if moves else None
@@ -172,11 +172,11 @@ class _Step:
         return [matrix.parameter.local for matrix in self.matrices] + slices
 
     def _gates(self) -> list[Tensor]:
-        """This rank's addend to each scalar gate: its value, or 0 where the shard is empty."""
+        """Return this rank's addend to each scalar gate: its value, or 0 if the shard is empty."""
         return [gate.local.sum(dtype=_wide(gate.local)) for _, gate in self.gates]
 
     def finish(self, device: Device) -> dict[str, float]:
-        """The metrics of the step by key, after it."""
+        """Return the metrics of the step by key. Call this after the step."""
         if self.before is not None:
             after = self._parameters()
             update = self.before
@@ -184,7 +184,7 @@ class _Step:
             self.addends["update"] = squares(update)
             self.addends["inner"] = [torch.dot(_flat(update[i]), _flat(after[i])) for i, _ in self.gates]
             self.addends["gate_after"] = self._gates()
-        # The part of the gradients that WeSaRAdamW has kept; others are handed clipped ones.
+        # The factor by which WeSaRAdamW clips in its step. Other optimizers get clipped gradients.
         clipping = [o.clipping for o in self.optimizers if isinstance(o, WeSaRAdamW) and o.clipping is not None]
         self.addends["clipping"] = clipping
         sums = sum_over_ranks(self.addends, device)
@@ -196,7 +196,7 @@ class _Step:
         gate_replicas = torch.tensor([gate.replicas for _, gate in self.gates])
 
         def factors(gates: Tensor) -> Tensor:
-            """What a parameter is multiplied by to give the other one of W and V."""
+            """Return V/W if the parameters are W, and W/V if they are V."""
             gates = gates / gate_replicas
             return torch.where(is_virtual, 1 / gates, gates)
 
@@ -242,5 +242,5 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _ratio(moved: Tensor, start: Tensor) -> Tensor:
-    """The root of moved / start, and 0 where nothing moved."""
+    """Return √(moved / start), and 0 where `moved` is 0."""
     return (moved / start).sqrt().masked_fill(moved == 0, 0.0)

@@ -66,7 +66,7 @@ def test_a_model_that_cannot_be_exported_is_refused_before_it_is_trained(case, t
 
 
 def test_a_stock_model_has_nothing_to_merge(text_data, tmp_path):
-    with pytest.raises(ValueError, match=r"goes with model\.name: wesar_mpt_causal_lm; .* use hf_checkpointer"):
+    with pytest.raises(ValueError, match=r"needs model\.name: wesar_mpt_causal_lm\. .* use hf_checkpointer"):
         _train(text_data, tmp_path, "small_init", "model.name=mpt_causal_lm", "model.loss_fn=torch_crossentropy")
 
 
