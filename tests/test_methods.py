@@ -63,7 +63,7 @@ def test_a_method_replaces_what_the_setting_says_and_the_run_what_both_say():
 def test_the_stock_models_tied_embeddings_are_refused_the_scale_of_one():
     config = {"variables": {"method": "wesar_adamw"}, "model": {"name": "mpt_causal_lm", "d_model": 768}}
     with pytest.raises(
-        ValueError, match=r"emb_init_std: 1.0 is also .* with 27.7. .* `model.tie_word_embeddings: false`"
+        ValueError, match=r"emb_init_std: 1.0 is also .* be 27.7. .* `model.tie_word_embeddings: false`"
     ):
         expand(config)
     for fix in ({"tie_word_embeddings": False}, {"init_config": {"emb_init_std": None}}):
@@ -77,7 +77,7 @@ def test_an_unknown_name_lists_the_known_ones(kind, known):
 
 
 def test_variables_that_are_no_mapping_are_refused():
-    with pytest.raises(ValueError, match="variables: 'wesar' is no mapping"):
+    with pytest.raises(ValueError, match="variables: 'wesar' is not a mapping"):
         expand({"variables": "wesar"})
 
 

@@ -1,8 +1,8 @@
-"""The compared methods and the paper's training settings: one YAML file each, and the transform that expands them.
+"""Expand `variables.method` and `variables.setting` of a training config to the keys of a YAML file.
 
-`variables.method` and `variables.setting` in a training config name a file of this folder or of `settings/`. Its keys
-become defaults under the run's own keys: whatever the run sets itself stays. A file may extend another one. A method
-replaces what the setting says, and its `null` takes a key of the setting away.
+The files of the compared methods are in this folder, those of the paper's training settings in `settings/`. The run's
+own keys take precedence over the method's, and the method's over the setting's. A `null` in a method removes the
+setting's key. A file may extend another one (`extends`).
 """
 
 from pathlib import Path
@@ -19,15 +19,15 @@ _FOLDERS = {"setting": _FOLDER / "settings", "method": _FOLDER}
 
 
 def names(kind: str) -> list[str]:
-    """The known methods (`kind="method"`) or settings (`kind="setting"`)."""
+    """Return the names of the methods (`kind="method"`) or settings (`kind="setting"`)."""
     return sorted(path.stem for path in _FOLDERS[kind].glob("*.yaml"))
 
 
 def load(kind: str, name: str) -> DictConfig:
-    """Read a method or setting, with what it extends.
+    """Read a method or setting, merged with the file that it extends.
 
     Raises:
-        ValueError: If there is none of that name; the message lists the known ones.
+        ValueError: If the name is not known. The message lists the known names.
     """
     if name not in names(kind):
         raise ValueError(f"variables.{kind}: {name!r} is not known; use one of {', '.join(names(kind))}.")
@@ -46,7 +46,7 @@ def _without_nulls(config: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _check_stock_model(config: dict[str, Any]) -> None:
-    """Refuse for foundry's own MPT, which has no such check, a standard deviation that tied embeddings cannot have."""
+    """Refuse a too large `emb_init_std` for foundry's own MPT with tied embeddings, which does not check it."""
     model = config.get("model") or {}
     if model.get("name") == "mpt_causal_lm" and model.get("tie_word_embeddings", True):
         std = (model.get("init_config") or {}).get("emb_init_std")
@@ -54,8 +54,8 @@ def _check_stock_model(config: dict[str, Any]) -> None:
 
 
 def _check_data(config: dict[str, Any]) -> None:
-    """Raise a ValueError if a loader's local folder is not there, which streaming says late and without the key."""
-    # Before its transforms foundry moves an `eval_loader` that is a list to `eval_loaders`.
+    """Refuse a loader whose local folder is missing. Streaming would fail later, without naming the key."""
+    # Foundry moves an `eval_loader` that is a list to `eval_loaders`, before it calls its config transforms.
     for key in ("train_loader", "eval_loader", "eval_loaders"):
         loaders = config.get(key) or {}
         for loader in loaders if isinstance(loaders, list) else [loaders]:
@@ -80,24 +80,24 @@ def _with_optimizer_gates(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def expand(config: dict[str, Any], check_data: bool = True) -> dict[str, Any]:
-    """Put the run's method and setting under its own keys, and add the callback of `wesar_adamw` if that is used.
+    """Add the keys of the run's method and setting that the run does not set, and the callback of `wesar_adamw`.
 
-    A config that names none of them is returned as it is.
+    A config that uses none of these is returned unchanged.
 
     Args:
-        config: A training config as foundry hands it to its config transforms.
-        check_data: Whether the local folders of its loaders must be there.
+        config: A training config as foundry passes it to its config transforms.
+        check_data: Whether to check that the local folders of the loaders exist.
 
     Returns:
         The expanded config.
 
     Raises:
-        ValueError: If the method or setting is not known, a folder is not there, or W_e and W_p are one matrix of
-            `mpt_causal_lm` and would start at W_e's scale.
+        ValueError: If the method or setting is not known, a folder is missing, or `mpt_causal_lm` has tied embeddings
+            with a too large `emb_init_std`.
     """
     variables = config.get("variables") or {}
     if not isinstance(variables, dict):
-        raise ValueError(f"variables: {variables!r} is no mapping; write `variables: {{name: value}}`.")
+        raise ValueError(f"variables: {variables!r} is not a mapping; write `variables: {{name: value}}`.")
     defaults = [load(kind, variables[kind]) for kind in _FOLDERS if variables.get(kind) is not None]
     if not defaults:
         return _with_optimizer_gates(config)
