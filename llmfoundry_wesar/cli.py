@@ -83,9 +83,7 @@ def plot(
     csv: Annotated[str | None, Option(help="Also write the values to this file. It can be a RUN later.")] = None,
     table: Annotated[
         bool,
-        Option(
-            "--table", help="Print each run's final and held-out loss, and the update ratio of W_d over that of W_u."
-        ),
+        Option("--table", help="Print each run's final and held-out loss, and W_d's update ratio divided by W_u's."),
     ] = False,
 ) -> None:
     """Draw the paper's figures from the logs of runs."""
@@ -124,8 +122,8 @@ def data(
         int | None,
         Option(help="Largest number of training tokens, such as 10M or 30B.", parser=token_count, metavar="COUNT"),
     ] = None,
-    val_fraction: Annotated[float, Option(help="Share of the documents for val, from 0 to 1.")] = 0.01,
-    seed: Annotated[int, Option(help="Seed of the order and of the choice of val.")] = 17,
+    val_fraction: Annotated[float, Option(help="Fraction of the documents in the val split, from 0 to 1.")] = 0.01,
+    seed: Annotated[int, Option(help="Seed of the order and of the choice of the val split.")] = 17,
     shuffle: Annotated[bool, Option(help="Read files in random order, and documents through a shuffle buffer.")] = True,
     text_key: Annotated[str, Option(help="Field of a .jsonl line or Hugging Face row with the text.")] = "text",
 ) -> None:
@@ -157,17 +155,17 @@ def data(
 @app.command()
 def compare(
     config: Annotated[str, Argument(help="A training YAML.")],
-    methods: Annotated[str, Option(help="Values of variables.method, with commas: a,b,…")],
-    seeds: Annotated[str, Option(help="Values of seed (weights and data order): 1,2,…")],
+    methods: Annotated[str, Option(help="Values of variables.method, separated by commas.")],
+    seeds: Annotated[str, Option(help="Values of seed (weights and data order), separated by commas.")],
     out: Annotated[Path, Option(help="A new folder, or the folder of a series to continue.")],
     overrides: Annotated[list[str] | None, Argument(help="key=value for all runs, as for the trainer.")] = None,
     vary: Annotated[
         list[str] | None, Option(help="key=v1,v2,… runs each method and seed with each value. Can be repeated.")
     ] = None,
     nproc: Annotated[
-        int | None, Option(min=1, help="Processes of a run, with Composer's launcher. [default: no launcher]")
+        int | None, Option(min=1, help="Number of processes of a run, by Composer's launcher. [default: no launcher]")
     ] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Print which runs are done and which would run.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print which runs are done and which are not.")] = False,
 ) -> None:
     """Train methods under equal conditions, one run after the other, and summarise them.
 
@@ -213,7 +211,7 @@ def export(
         str, Option(help="float32, bfloat16 or float16 (short: f32, bf16, f16); with gguf also q8_0.")
     ] = "float32",
 ) -> None:
-    """Merge the gates, and everything else that plain models do not have, and write a plain model."""
+    """Write a plain model, with the gates and all other additions to a plain model merged into its weights."""
     with one_line_errors(), _few_remarks():
         from llmfoundry_wesar.export.files import export
 
@@ -224,12 +222,12 @@ def export(
 @app.command()
 def reparameterize(
     model: Annotated[
-        str, Argument(help="A folder that export wrote, or with safetensors of an Arcee, Llama or MPT model.")
+        str, Argument(help="A folder that export wrote, or one with an Arcee, Llama or MPT model in safetensors.")
     ],
     out: Annotated[str, Argument(help="A new file, for the trainer's load_path with load_weights_only=true.")],
     method: Annotated[str, Option(help="The variables.method to continue with.")] = "wesar",
 ) -> None:
-    """Turn a plain model into a gated one that computes the same, and print its `model` section."""
+    """Turn a plain model into a gated one that computes the same function, and print its `model` section."""
     with one_line_errors(), _few_remarks():
         from omegaconf import OmegaConf
 
@@ -248,7 +246,7 @@ def evaluate(
     ] = "paper",
     data: Annotated[str | None, Option(help="A folder with local copies of the data. [default: from the Hub]")] = None,
     limit: Annotated[
-        int | None, Option(min=1, help="Number of examples to score for each task, the first ones.")
+        int | None, Option(min=1, help="Score only this number of examples of each task, the first ones.")
     ] = None,
     batch_size: Annotated[int, Option(min=1, help="Sequences in a batch.")] = 8,
     device: Annotated[str | None, Option(help="A torch device. [default: the first GPU, or the CPU]")] = None,

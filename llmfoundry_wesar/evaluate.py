@@ -1,7 +1,7 @@
-"""The paper's scores of a model: perplexities on WikiText and LAMBADA (Table 5), SuperGLUE 3-shot (Table 8).
+"""Score a model as in the paper: perplexities on WikiText and LAMBADA (Table 5), SuperGLUE 3-shot (Table 8).
 
-All scores but the perplexity per token come from EleutherAI's lm-evaluation-harness. It gets the model as an object,
-foundry's MPT. So models that transformers does not know, such as Post-LN ones, can be scored too.
+All scores except the perplexity per token come from EleutherAI's lm-evaluation-harness. The harness gets foundry's MPT
+as an object, so it can also score models that transformers does not support, such as Post-LN ones.
 """
 
 import copy
@@ -39,7 +39,7 @@ class Task:
     Attributes:
         title: Its name in the paper.
         name: Its name in lm-evaluation-harness.
-        metrics: From the paper's name of a metric (or ours, if the paper has none) to the harness's name.
+        metrics: Maps the paper's name of a metric (or ours, if the paper has none) to the harness's name.
     """
 
     title: str
@@ -126,7 +126,7 @@ class Evaluation:
             lines += [*_columns(cells), ""]
         lines += [f"{TASKS[task].title} was not scored: {reason}" for task, reason in self.missing.items()]
         if self.limit is not None:
-            lines.append(f"Only the first {self.limit} examples of each task, so not comparable with other results.")
+            lines.append(f"Only the first {self.limit} examples of each task were scored: do not compare the scores.")
         return "\n".join(lines).rstrip()
 
 

@@ -133,17 +133,17 @@ class ComposerWeSaRHFCausalLM(ComposerHFCausalLM):
     r"""The model that foundry builds for `model.name: wesar_hf_causal_lm`.
 
     With `pretrained: false` each matrix is initialised by its role, which follows from its module's name
-    (`roles.ROLES`). With `pretrained: true` nothing is initialised. W_q, W_k and W_v in one matrix start as three
-    matrices would. Tied embeddings start as W_e does; leave `emb_init_std` at its default for them.
+    (`roles.ROLES`). With `pretrained: true` nothing is initialised. W_q, W_k and W_v in one matrix are initialised as
+    three matrices would be. Tied embeddings are initialised as W_e; leave `emb_init_std` at its default for them.
 
     Args:
         tokenizer: As for foundry.
         pretrained_model_name_or_path: As for foundry: a name on the Hub, or a local folder with a `config.json`.
         pretrained: As for foundry.
-        init_config: How to start a model that is not pretrained.
+        init_config: How to initialise a model that is not pretrained.
             `name`: `he_init_` or `small_init_`.
-            `emb_init_std`: Standard deviation of W_e and of learned positions. By default that of W_q; WeSaR's is 1.
-            `init_div_is_residual`: As in foundry: true divides σ_o and σ_d by √2N, a number by that, false by nothing.
+            `emb_init_std`: Standard deviation of W_e and of learned positions. By default W_q's; WeSaR's value is 1.
+            `init_div_is_residual`: As in foundry, the divisor of σ_o and σ_d: a number, √2N if true, 1 if false.
             `roles`: For modules with unknown names: the end of the module's path and its role, as `{my_proj: W_u}`.
         z_loss: Coefficient of the mean squared log-partition added to the loss (paper, Table 3: 1e-4).
         **kwargs: The other keys of `hf_causal_lm`, with their meaning.
@@ -171,11 +171,11 @@ class ComposerWeSaRHFCausalLM(ComposerHFCausalLM):
         for module in self.model.modules():
             if hasattr(module, "role"):
                 initialize(module)
-        # Ranks with the model on the meta device call this, for the norms too.
+        # Ranks that have the model on the meta device call this, also for the norms.
         self.model.param_init_fn = initialize  # type: ignore[assignment]
 
     def loss(self, outputs: Any, batch: Mapping[str, Any]) -> dict[str, Tensor] | Tensor:
-        """Return the loss of a microbatch; with z-loss `total`, `loss` and `z_loss`, as `wesar_mpt_causal_lm`."""
+        """Return the loss of a microbatch; with z-loss a dict of `total`, `loss` and `z_loss`, as in our MPT."""
         loss = super().loss(outputs, batch)
         if not self.z_loss:
             return loss

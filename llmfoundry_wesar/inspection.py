@@ -148,7 +148,7 @@ def _mpt(name: str, section: dict[str, Any]) -> tuple[nn.Module, _Start]:
     if config.tie_word_embeddings:
         check_tied_embedding(init.get("emb_init_std"), config.d_model, "model.tie_word_embeddings")
     model = MPTForCausalLM(config)
-    model.apply(model.param_init_fn)  # does nothing on the meta device but check that it could initialise the model
+    model.apply(model.param_init_fn)  # on the meta device this only checks that it could initialise the model
     assign_roles(model, (config.ffn_config.get("ffn_act_fn") or {"name": "gelu"})["name"])
     # Foundry builds lm_head after the init function has run, so it keeps torch's U(−1/√d, 1/√d).
     output_std = None if section.get("init_device") == "meta" else 1 / math.sqrt(3 * config.d_model)
@@ -159,7 +159,7 @@ def _hf(section: dict[str, Any]) -> tuple[nn.Module, _Start]:
     """Build a Hugging Face decoder with roles on the meta device."""
     check_hf_keys(section)
     if section.get("pretrained", True):
-        raise ValueError("model.pretrained: true is not supported: inspect does not know a checkpoint's scales.")
+        raise ValueError("model.pretrained: true is not supported by inspect, which reads no weights; set it to false.")
     config = ComposerWeSaRHFCausalLM.build_config(
         section["pretrained_model_name_or_path"],
         trust_remote_code=section.get("trust_remote_code", True),
@@ -247,7 +247,7 @@ def inspect_config(config: dict[str, Any]) -> Inspection:
     try:
         model, start = _hf(section) if name == "wesar_hf_causal_lm" else _mpt(name, section)
     except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
-        # Foundry checks few types.
+        # Foundry does not check most types, so a wrong one raises one of these errors.
         raise ValueError(
             f"model: no model can be built from these values ({type(error).__name__}: {error}); compare their types "
             "with those in yamls/130m.yaml."

@@ -114,7 +114,7 @@ class _CrossEntropy(torch.autograd.Function):
             return _compiled_gradient(logits, targets, lse, ctx.z_loss, grad_total / n), None, None
         gradient = torch.empty_like(logits)
         for c in _chunks(len(logits), logits.size(1), _CHUNK):
-            # Compute the softmax again. To keep it would take twice the memory and round a second time.
+            # Compute the softmax again: keeping it would take twice the memory and round a second time.
             p = torch.softmax(logits[c], -1, dtype=lse.dtype)
             gradient[c] = _logits_gradient_(p, targets[c], lse[c], ctx.z_loss, grad_total / n)
         return gradient, None, None
@@ -151,7 +151,7 @@ def _(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -> tuple[T
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Compute both gradients with the value, except for the factor (∂/∂total)/n, so that logits are not kept."""
+    """Compute both gradients in the forward pass, so that logits are not kept; `backward` only scales them."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -176,13 +176,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def cross_entropy(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> LossTerms:
     r"""Compute cross-entropy and z-loss, as means over the unmasked tokens.
 
-    One pass over the logits gives the value. In the backward pass one more gives their gradient in their dtype,
+    The forward pass reads the logits once. The backward pass reads them again and gives their gradient in their dtype,
     :math:`((1 + 2\zeta\,\mathrm{lse}_i)\,p_{iv} - 1[v = t_i])/n`. The logits are not changed. The arithmetic is in
     float32: on a CPU for one chunk of tokens at a time, on a GPU in one compiled kernel for each pass.
 
     Args:
         logits: (..., V).
-        targets: (...), -100 for masked tokens. If all are, the loss is 0.
+        targets: (...), -100 for masked tokens. If all tokens are masked, the loss is 0.
         z_loss: ζ.
     """
     with torch.autocast(logits.device.type, enabled=False):
@@ -193,14 +193,14 @@ def cross_entropy(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> LossT
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> LossTerms:
     r"""Compute `cross_entropy` of the logits ``hidden @ weight.T`` without storing all logits.
 
-    For each chunk of tokens the logits, their gradient and its products are computed at once. The products have the
-    dtype of `nn.functional.linear`, also under autocast. The weight's gradient is summed over the chunks in float32.
-    The host does not wait for any value.
+    For each chunk of tokens, the logits, their gradient and the products with it are computed together. The products
+    have the dtype of `nn.functional.linear`, also under autocast. The weight's gradient is summed over the chunks in
+    float32. The host does not wait for any value.
 
     Args:
         hidden: (..., d), input of the output projection.
         weight: (V, d), the virtual weight.
-        targets: (...), -100 for masked tokens. If all are, the loss is 0.
+        targets: (...), -100 for masked tokens. If all tokens are masked, the loss is 0.
         z_loss: ζ.
     """
     device = hidden.device.type

@@ -104,7 +104,7 @@ def estimate(config: Mapping[str, Any], parameters: int, gpus: int) -> Memory:
         matrices = 2 * vocabulary * d
         copies = 2.0 * (matrices + 2 * (parameters - matrices) / layers)
     elif shards == 1 and (model.get("fc_type") or {}).get("name") == "wesar":
-        copies = 0.0  # αW is computed again
+        copies = 0.0  # gated layers compute αW again in the backward pass
     part = 4.0 * parameters / shards
     working = activations + logits
     accumulates = config["global_train_batch_size"] > microbatch * gpus

@@ -40,7 +40,7 @@ from llmfoundry_wesar.layers import (
 from llmfoundry_wesar.losses import LossHead, LossLinear, LossTerms, cross_entropy
 from llmfoundry_wesar.roles import ROLES
 
-# Init functions by role, for reparameterised and for plain layers.
+# The functions that initialise each matrix by its role: for reparameterised and for plain layers.
 _ROLE_INITS = ("wesar_", "he_init_")
 
 # The keys of a batch that the stock forward uses.
@@ -146,8 +146,8 @@ class WeSaRMPTConfig(MPTConfig):
             known = {*arguments(self.fc_class)} - {*arguments(nn.Linear)}
             for key in self.fc_type.keys() - known - {"name", "bias", "device"}:
                 raise ValueError(
-                    f"model.fc_type.{key}: {self.fc_type[key]!r} is no option of {self.fc_type['name']}; remove it. "
-                    f"Its options are: {', '.join(sorted(known)) or 'none'}."
+                    f"model.fc_type.{key}: {self.fc_type[key]!r} is not an option of {self.fc_type['name']}; "
+                    f"remove it. The options are: {', '.join(sorted(known)) or 'none'}."
                 )
 
     def _validate_config(self) -> None:
@@ -403,7 +403,7 @@ class ComposerWeSaRMPTCausalLM(ComposerMPTCausalLM):
     def forward(self, batch: MutableMapping) -> CausalLMOutputWithPast | LossTerms:  # type: ignore[override]
         """Return the logits of a microbatch, or in training under `fused_loss` its loss.
 
-        A microbatch without padding has no mask, since causal attention is all it needs.
+        The mask of a microbatch without padding is dropped, because causal attention does not need it.
         """
         batch = drop_full_mask(batch)
         if self.has_megablocks:

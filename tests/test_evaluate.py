@@ -214,7 +214,7 @@ def test_a_missing_task_is_said_and_not_averaged_away(exported, tmp_path):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "ReCoRD was not scored: " in result.stdout
-    assert "Only the first 1 examples of each task: not comparable" in result.stdout
+    assert "Only the first 1 examples of each task were scored: do not compare" in result.stdout
     written = json.loads((tmp_path / "scores.json").read_text())
     assert "record" not in written["scores"]
     assert written["superglue_total"]["EM"] is written["superglue_total"]["F1"] is None

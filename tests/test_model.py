@@ -244,10 +244,10 @@ def test_counts_of_parameters_and_flops_are_foundrys():
         ({"init_config": {"sigma": 0.0}}, "init_config.sigma: 0.0 is not a positive number"),
         ({"zloss": 1e-4}, r"zloss: 0\.0001 has no effect.*did you mean z_loss\?"),
         ({"colour": "red"}, "colour: 'red' has no effect.*remove it"),
-        ({"fc_type": {"trainabel": False}}, "fc_type.trainabel: False is no option of wesar; .* gate_shape, trainable"),
+        ({"fc_type": {"trainabel": False}}, "fc_type.trainabel: False is not an option.* gate_shape, trainable"),
         (
             {"fc_type": {"name": "weight_norm", "gate_shape": "row"}},
-            "fc_type.gate_shape: 'row' is no option of .* are: none",
+            "fc_type.gate_shape: 'row' is not an option of .* are: none",
         ),
     ],
 )
