@@ -19,7 +19,7 @@ app = Typer(
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Print an error that the user can correct in one line, and exit with code 1."""
+    """Print a user's error in one line, without a traceback, and exit with code 1."""
     try:
         yield
     except (ValueError, OSError, RuntimeError, ImportError) as error:
@@ -211,7 +211,7 @@ def export(
         str, Option(help="float32, bfloat16 or float16 (short: f32, bf16, f16); with gguf also q8_0.")
     ] = "float32",
 ) -> None:
-    """Write a plain model, with the gates and all other additions to a plain model merged into its weights."""
+    """Convert a checkpoint to a plain model: merge the gates and all other additions into the weights."""
     with one_line_errors(), _few_remarks():
         from llmfoundry_wesar.export.files import export
 

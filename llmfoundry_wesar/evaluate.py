@@ -217,7 +217,7 @@ def round_weights(model: WeSaRMPTForCausalLM, dtype: torch.dtype) -> MPTForCausa
 
 
 def _harness_tasks(tasks: Sequence[str], data: Path | None) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the harness's tasks by our names, and the tasks without data with the reason."""
+    """Return the harness's tasks by our names, and for each task without data the reason."""
     from datasets import Dataset, DatasetDict
     from lm_eval import tasks as harness
     from lm_eval.tasks import TaskManager

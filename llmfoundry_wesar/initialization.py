@@ -323,7 +323,7 @@ def wesar_(
         sigma: σ; √4e-5 ≈ 0.0063245553 in the paper.
         backbone: `he` (the paper's choice) or `small`.
         gain_init: `method` or `backbone`.
-        init_div_is_residual: As in foundry: True divides σ_o and σ_d by √2N, a number by that, False by nothing.
+        init_div_is_residual: As in foundry, the divisor of σ_o and σ_d: a number, √2N if True, 1 if False.
         **kwargs: Foundry's other keys of `model.init_config`, accepted at their default only.
 
     Raises:
@@ -357,7 +357,7 @@ def he_init_(
         module: The module whose own parameters are initialised.
         n_layers: N.
         d_model: d.
-        init_div_is_residual: As in foundry: True divides σ_o and σ_d by √2N, a number by that, False by nothing.
+        init_div_is_residual: As in foundry, the divisor of σ_o and σ_d: a number, √2N if True, 1 if False.
         emb_init_std: As in foundry: the standard deviation of W_e and of learned positions. WeSaR's is 1.
         **kwargs: Foundry's other keys of `model.init_config`, accepted at their default only.
 

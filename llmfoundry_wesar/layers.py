@@ -124,7 +124,7 @@ class Gated(Reparameterized):
         return functional.gated_weight(self.weight, self._broadcast_gate())
 
     def start_gate_(self, scale: float, gain_init: GainInit = "method") -> None:
-        """Set α to `scale` for both values of `gain_init`: it is WeSaR's own initial value too."""
+        """Set α to `scale`, which is WeSaR's initial value under both values of `gain_init`."""
         nn.init.constant_(self.gate, scale)
 
     @classmethod

@@ -386,6 +386,6 @@ def optimizer_gates(optimizers: Iterable[torch.optim.Optimizer]) -> dict[Tensor,
 def second_gate(layer: str) -> str:
     """Return the error message for a layer with a gate that would get another one from the optimizer."""
     return (
-        f"optimizer.name: wesar_adamw would give {layer} a second gate; write optimizer.name: adamw or, for plain "
+        f"optimizer.name: wesar_adamw would give {layer} a second gate; set optimizer.name: adamw, or, to have plain "
         "layers, variables.method: wesar_adamw."
     )
