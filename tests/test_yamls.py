@@ -1,6 +1,7 @@
 """The paper's configurations, as the files in yamls/ give them to the trainer."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,3 +66,10 @@ def test_the_llama_has_the_size_that_its_head_says():
     assert {matrix.count for matrix in inspection.matrices} == {1, 12}
     tokens = config["global_train_batch_size"] * config["max_seq_len"]
     assert tokens == 1_048_576 and round(3100 * tokens / inspection.parameters) == 20
+
+
+@pytest.mark.parametrize("path", sorted(Path("yamls").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_run_that_was_killed_while_it_saved_can_be_resumed(path):
+    """With `autoresume` alone, Composer refuses a folder with a checkpoint that is later than the one it resumes."""
+    config = OmegaConf.load(path)
+    assert config.get("save_overwrite", False) == config.get("autoresume", False)

@@ -160,7 +160,7 @@ def plan(
         where = [f"run_name={name}", f"loggers.tensorboard.log_dir={out / 'tensorboard'}", "log_to_console=true"]
         where += ["callbacks.speed_monitor.time_unit=seconds", "callbacks.memory_monitor={}"]
         if expanded.get("save_folder"):
-            where += [f"save_folder={out / 'checkpoints' / name}", "save_overwrite=false", "autoresume=true"]
+            where += [f"save_folder={out / 'checkpoints' / name}", "save_overwrite=true", "autoresume=true"]
         runs[config_hash] = Run(
             name=name,
             method=method,

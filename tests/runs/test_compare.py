@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from llmfoundry_wesar.cli import app
 from llmfoundry_wesar.runs.compare import plan, results, run_series
 from llmfoundry_wesar.runs.scalars import read_scalars
-from llmfoundry_wesar.runs.summary import read_rows, table
+from llmfoundry_wesar.runs.summary import COLUMNS, read_rows, table
 
 CONFIG = str(Path(__file__).parents[2] / "yamls/quickstart.yaml")
 LENGTH, VOCABULARY, BATCH, BATCHES = 16, 64, 8, 4
@@ -96,7 +96,7 @@ def test_commands_are_the_stock_ones(tmp_path):
     # Each run has a checkpoint folder of its own, and a stopped run continues from it.
     assert run.command[-3:] == (
         f"save_folder={tmp_path}/checkpoints/{run.name}",
-        "save_overwrite=false",
+        "save_overwrite=true",
         "autoresume=true",
     )
 
@@ -269,3 +269,14 @@ def test_a_killed_run_is_reported_without_a_row(tmp_path, data, capsys):
     assert run_series([replace(run, command=command)], tmp_path / "out") == []
     assert f"{run.name}: killed by SIGKILL" in capsys.readouterr().out
     assert read_rows(tmp_path / "out/runs.csv") == results([run], tmp_path / "out") == []
+
+
+def test_a_run_that_was_killed_while_it_saved_is_resumed(tmp_path, data):
+    """The half-written checkpoint has no symlink yet, and Composer would refuse to overwrite it."""
+    (run,) = make(tmp_path / "out", overrides=[f"variables.data={data}", "save_folder=x", "save_interval=2ba"])
+    half = tmp_path / "out/checkpoints" / run.name / "ep0-ba2-rank0.pt"
+    half.parent.mkdir(parents=True)
+    (tmp_path / "out/runs.csv").write_text(",".join(COLUMNS) + "\n")
+    half.write_bytes(b"PK")
+    (row,) = run_series([run], tmp_path / "out")
+    assert row["status"] == "finished" and half.stat().st_size > 2
