@@ -55,7 +55,10 @@ def _monitored(spread: str, net: type[Net] = Net) -> tuple[dict[str, dict[int, f
     steps = watch_steps(optimizer)
     logged = train(model, optimizer, callbacks, parallelism_config=None if fsdp is None else {"fsdp": fsdp})
     metrics = {key: values for key, values in logged.items() if "/net." in key or key == "loss/train/total"}
-    found = {"step": collectives(steps[1])}
+    found = {
+        "step": collectives(steps[1]),
+        "waits": Counter(set(steps[1]) & {"aten::_local_scalar_dense", "aten::nonzero"}),
+    }
     for name, callback in watched.items():
         found[name] = collectives(callback.operations["after_train_batch", 1] + callback.operations["batch_end", 2])
     return metrics, found
@@ -130,6 +133,7 @@ def test_a_step_of_the_optimizer_costs_one_collective(spread: str, two_processes
     for rank in two_processes:
         _, found = rank["PlainNet", spread]
         assert found["step"] == ({} if spread == "ddp" else {"c10d::allreduce_": 1})
+        assert found["waits"] == {}  # no value is read back to the host
         assert found["updates"] == {"c10d::allreduce_": 1}
 
 

@@ -111,7 +111,7 @@ def _first_loss(data: Path, checkpoint: Path, **options: Path) -> float:
 
 
 def test_the_stock_trainer_continues_from_either_format(text_data, trained, exported, tmp_path):
-    """The plain model as `mpt_causal_lm`, and `reparameterize` of the Hugging Face model with WeSaR.
+    """The plain model as `mpt_causal_lm`, the same under `wesar_adamw`, and `reparameterize` of the Hugging Face model.
 
     The first batch has the same loss as with the trained checkpoint. 1e-5 for the rounding of the merged matrices.
     """
@@ -125,6 +125,11 @@ def test_the_stock_trainer_continues_from_either_format(text_data, trained, expo
     assert _first_loss(text_data, tmp_path / "mpt" / "checkpoint.pt", yaml=tmp_path / "stock.yaml") == pytest.approx(
         loss, rel=1e-5
     )
+    stock.optimizer = {"name": "wesar_adamw", "lr": 1e-3}
+    OmegaConf.save(stock, tmp_path / "optimizer.yaml")
+    assert _first_loss(
+        text_data, tmp_path / "mpt" / "checkpoint.pt", yaml=tmp_path / "optimizer.yaml"
+    ) == pytest.approx(loss, rel=1e-5)
     reparameterize(exported["wesar"], tmp_path / "gated.pt")
     assert _first_loss(text_data, tmp_path / "gated.pt") == pytest.approx(loss, rel=1e-5)
 
