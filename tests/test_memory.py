@@ -55,6 +55,6 @@ def test_the_command_prints_it_and_names_a_microbatch_that_is_no_number():
     run = CliRunner().invoke(app, ["inspect", "yamls/1.3b.yaml", "--gpus", "8", "--json"])
     assert json.loads(run.stdout)["memory"]["fits_80_gb"] is True
     run = CliRunner().invoke(app, ["inspect", "yamls/1.3b.yaml", "--gpus", "8"])
-    assert "each of 8 GPUs:" in run.stdout and "80 GB hold it" in run.stdout
+    assert "each of 8 GPUs:" in run.stdout and "fits into 80 GB" in run.stdout
     run = CliRunner().invoke(app, ["inspect", "yamls/1.3b.yaml", "device_train_microbatch_size=auto", "--gpus", "8"])
     assert run.exit_code != 0 and "device_train_microbatch_size: 'auto' is not a number" in run.stderr

@@ -337,7 +337,7 @@ def test_parameters_that_cannot_have_a_gate_are_refused():
         (
             "he_init",
             {"algorithms": GradientClipping("norm", 1.0)},
-            "gradient_clipping: .*max_norm: 1.0 already; remove",
+            "gradient_clipping: .*max_norm: 1.0; remove",
         ),
         ("wesar", {}, "optimizer.name: wesar_adamw would give model.transformer.wte a second gate"),
     ],
