@@ -32,7 +32,7 @@ FILE_NAMES = "*.txt, *.jsonl, or *.raw and *.tokens as WikiText has them, plain 
 HUB = "hf:NAME[:CONFIG][@SPLIT]"
 HUB_NAME = re.compile(r"hf:(?P<name>[^:@]+)(:(?P<config>[^:@]+))?(@(?P<split>\w+(\.\w+)*))?")
 HEADING = re.compile(r"= [^=].* =", re.DOTALL)  # a first-level heading of WikiText, without the blanks around it
-# Tests are unusual text, `encodings` has tables of hexadecimal numbers, and installed packages are not the library.
+# Not read: tests (unusual text), `encodings` (tables of hexadecimal numbers) and installed packages.
 NOT_STDLIB = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"}
 
 
@@ -57,7 +57,7 @@ class Corpus:
     Args:
         files: Paths from `find_files`.
         hub: Streams from `open_hub`, read after the files.
-        text_key: Field of a .jsonl line or a row that holds the text.
+        text_key: Field of a .jsonl line or a row with the text.
         seed: Seed of the split and of the order.
         shuffle: Read the files in random order and pass the documents through a shuffle buffer.
         val_fraction: Share of the documents to hold out, in [0, 1].

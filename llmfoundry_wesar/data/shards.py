@@ -61,7 +61,7 @@ def prepare(
     tokens that a given tokenizer adds itself, such as a BOS, stay.
 
     The lines of WikiText are joined into articles, as in EleutherAI/wikitext_document_level on the Hub (text key
-    `page`). A line is a paragraph; as documents, paragraphs would have no context and an EOS where training has none.
+    `page`). A line is one paragraph. As a document it would have no context, and an EOS where training text has none.
 
     Memory does not grow with the amount of text. To mix sources in chosen proportions, prepare each with the same
     tokenizer and use foundry's `streams`.
@@ -77,13 +77,13 @@ def prepare(
             split; None for 32,000. Only without `tokenizer`.
         tokenizer: Name or folder of a Hugging Face tokenizer to use instead. It must not need code of its own. If its
             pad token is its EOS, a warning on stderr says what to add to the training YAML.
-        max_tokens: Stop after so many tokens of the train split, rounded up to a whole sequence; None for all.
+        max_tokens: Stop after this number of tokens of the train split, rounded up to a whole sequence; None for all.
         val_fraction: Share of the documents in val, in [0, 1]. 0 writes no val split. 1 writes no train split; this
             is for evaluation data and needs a `tokenizer`.
         seed: Seed of the split and of the order.
         shuffle: Whether to read files (also those of a Hugging Face data set) in random order and to pass documents
             through a shuffle buffer of 128 MB. Otherwise they stay in order, files before Hugging Face sources.
-        text_key: Field of a .jsonl line or Hugging Face row that holds the text.
+        text_key: Field of a .jsonl line or Hugging Face row with the text.
 
     Returns:
         The number of sequences in each split.
@@ -92,7 +92,7 @@ def prepare(
         ValueError: An argument is out of range or differs from the earlier run's, a source has no readable text, the
             tokenizer has no EOS, the text is too short for the vocabulary, or a split cannot fill a sequence.
         FileNotFoundError: A source does not exist.
-        FileExistsError: `out` holds something else.
+        FileExistsError: `out` contains something else.
     """
     if tokenizer is None and vocab_size is None:
         vocab_size = DEFAULT_VOCAB_SIZE
