@@ -218,7 +218,7 @@ def _locked(out: Path) -> Iterator[IO[str]]:
 def _conditions(nproc: int | None) -> dict[str, str]:
     root = Path(__file__).parents[2]
     commit = importlib.metadata.version("llmfoundry_wesar")
-    # Ask git only in a clone: from site-packages it would find the repository of whatever project is around.
+    # Ask git only in a clone. In site-packages it could find the repository of another project.
     if (root / ".git").exists():
         git = ["git", "-C", str(root), "--no-optional-locks", "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or commit
@@ -235,7 +235,7 @@ def _conditions(nproc: int | None) -> dict[str, str]:
 def _progress(log: Path) -> float:
     """Return the share of the run that is done, from the last log line such as `[batch=50/300]:`.
 
-    If the log counts epochs, it is the share of the present epoch.
+    If the log counts epochs, it is the share of the current epoch.
     """
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 50_000))
@@ -247,7 +247,7 @@ def _train(run: Run, log: Path, lock: IO[str], bar: tqdm) -> tuple[int, float]:
     """Run the trainer. Return its exit code (negative for a signal) and its peak resident memory in 10⁹ bytes."""
     with log.open("w") as output:
         print("$", shlex.join(run.command), file=output, flush=True)
-        # The trainer inherits the lock, because it goes on if this process is killed.
+        # The trainer inherits the lock, because it continues if this process is killed.
         trainer = subprocess.Popen(
             run.command,
             stdin=subprocess.DEVNULL,
@@ -310,7 +310,7 @@ def run_series(runs: Sequence[Run], out: str | Path) -> list[Row]:
 
     A run that fails gets a row and is tried again at the next call. A run that is killed gets no row. Both are
     reported, and the series goes on. A run starts from its last checkpoint if the config saves any, else from the
-    beginning. SIGTERM and ctrl-C stop the present run and end the series.
+    beginning. SIGTERM and ctrl-C stop the current run and end the series.
 
     Args:
         runs: From `plan`.
