@@ -144,7 +144,7 @@ def require_finite(name: str, weight: Tensor) -> None:
 
 
 def is_arcee(config: LlamaConfig) -> bool:
-    """Tell whether a config from `hf_config` is an Arcee's, whose feed-forward layers are ungated."""
+    """Return whether a config from `hf_config` is that of an Arcee, which has ungated feed-forward layers."""
     return config.model_type == ArceeConfig.model_type
 
 

@@ -24,11 +24,11 @@ def _names(folder: Path) -> set[str]:
 
 
 def _put_aside(out: Path, new: Path) -> Path | None:
-    """Rename what is at `out`, to make place for a new folder.
+    """Rename what is at `out`, to make room for a new folder.
 
     Returns:
         The renamed folder, to be removed when the new one is in place. None if it has files that the new one does not
-        have: they are somebody else's, and are kept.
+        have. Then it is kept under its new name.
     """
     if out.is_dir() and _names(out) <= _names(new):
         return out.rename(out.with_name(f".{out.name}.replaced-{os.getpid()}"))
@@ -45,7 +45,7 @@ def _remove(path: Path) -> None:
 
 
 def _is_running(pid: int) -> bool:
-    """Tell whether another process has this id. Ids repeat in containers, so our own id may be a dead process's."""
+    """Return whether another process has this id. Containers reuse ids, so a dead process may have had our own."""
     return pid != os.getpid() and psutil.pid_exists(pid)
 
 

@@ -140,7 +140,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int)
 
 
 def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
-    """Tell whether a tokenizer adds a BOS before a text, and an EOS after it."""
+    """Return whether a tokenizer adds a BOS before a text, and whether it adds an EOS after it."""
     text = tokenizer("a", add_special_tokens=False).input_ids
     ids = tokenizer("a").input_ids
     for bos in (False, True):
@@ -222,7 +222,7 @@ def write_gguf(
     dtype: str = "float32",
     name: str = "",
 ) -> None:
-    """Write an Arcee or Llama model as a GGUF file, one tensor at a time, so that memory holds no second copy.
+    """Write an Arcee or Llama model as a GGUF file, one tensor at a time, without a second copy of all weights.
 
     Args:
         model: The model in float32, as from `conversion.to_hf`.

@@ -98,7 +98,7 @@ def pad_heads(tensor: Tensor, heads: Heads, wider: Heads, groups_only: bool = Fa
 
     Args:
         tensor: (H·w, …), or (K·w, …) with `groups_only`.
-        heads: The present heads.
+        heads: The heads before padding.
         wider: The heads after padding.
         groups_only: Whether there is one head for each group, as for keys and values.
     """
