@@ -66,7 +66,7 @@ def flash_or_stock_attention(
         and not needs_weights
         and attn_logit_softcapping is None
         and sliding_window_size == -1
-        # If the numbers differ, the kernels align a causal mask with the first key, and foundry with the last.
+        # With more keys than queries, the kernels align the causal mask with the first key, foundry with the last.
         and query.size(1) == key.size(1)
     )
     if not fused:
@@ -91,7 +91,7 @@ def flash_or_stock_attention(
     k = key.unflatten(-1, (kv_n_heads, -1))
     v = value.unflatten(-1, (kv_n_heads, -1))
     present = None if past_key_value is None else (k.permute(0, 2, 3, 1), v.transpose(1, 2))
-    # Not by `enable_gqa`: some kernels do not support it, among them the CPU's kernel that avoids the S×S matrix.
+    # Repeat k and v, because some kernels have no `enable_gqa`, such as the CPU kernel that avoids the S×S matrix.
     repeats = n_heads // kv_n_heads
     output = F.scaled_dot_product_attention(
         q.transpose(1, 2),

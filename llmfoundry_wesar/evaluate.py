@@ -258,12 +258,12 @@ def evaluate(
 
     Args:
         path: A folder that `export` wrote, or a checkpoint, as for `files.load`.
-        tasks: `paper` for all, or names of `TASKS` with commas between them.
+        tasks: `paper` for all, or names of `TASKS` separated by commas.
         data: Local copies of the data (see `evaluation_data`); None for the Hugging Face Hub.
         limit: Number of examples to score for each task, the first ones.
         batch_size: Sequences in a batch.
         device: A torch device. By default the first GPU, or the CPU.
-        dtype: float32, or bfloat16 or float16, to which `round_weights` rounds the weights.
+        dtype: float32, bfloat16 or float16. For the last two, `round_weights` rounds the weights.
 
     Raises:
         FileNotFoundError: If there is no model, no data at all, or no data for a task that was named.

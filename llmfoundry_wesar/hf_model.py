@@ -44,7 +44,7 @@ def _activation(config: PretrainedConfig, backbone: Backbone) -> str:
 
 
 def assign_hf_roles(model: nn.Module, roles: Mapping[str, str], activation: str) -> bool:
-    """Set the attribute `role` of every module of a Hugging Face decoder that holds a matrix.
+    """Set the attribute `role` of every module of a Hugging Face decoder that has a matrix.
 
     If two modules share a matrix, only the first gets a role: the embedding, if W_e and W_p are tied.
 
@@ -146,7 +146,7 @@ class ComposerWeSaRHFCausalLM(ComposerHFCausalLM):
             `init_div_is_residual`: As in foundry, the divisor of σ_o and σ_d: a number, √2N if true, 1 if false.
             `roles`: For modules with unknown names: the end of the module's path and its role, as `{my_proj: W_u}`.
         z_loss: Coefficient of the mean squared log-partition added to the loss (paper, Table 3: 1e-4).
-        **kwargs: The other keys of `hf_causal_lm`, with their meaning.
+        **kwargs: The other keys of `hf_causal_lm`, with the same meaning.
 
     Raises:
         ValueError: If a key is unknown or wrong, or the role of a matrix is not known.

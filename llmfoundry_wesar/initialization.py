@@ -141,7 +141,7 @@ class MatrixInit:
     gain_init: GainInit = "method"
 
     def __call__(self, weight: Tensor) -> None:
-        """Refuse a matrix without a role. Foundry's module init functions call this for what `init_matrix` left."""
+        """Refuse a matrix without a role. Foundry calls this for matrices that `init_matrix` does not handle."""
         raise ValueError(
             f"model.init_config initialises each matrix by its role, and one of shape {tuple(weight.shape)} has none. "
             "Set `model.name: wesar_mpt_causal_lm`, and `model.ffn_config.ffn_type` to mptmlp or mptglu."
@@ -152,7 +152,7 @@ def _stock_role(module: nn.Module, d_model: int) -> Role | None:
     """Return the role of a matrix of foundry's own MPT, whose init functions get the module but not its name.
 
     Foundry marks the layers whose output is added to the residual stream. Of these, W_o has d input features and W_d
-    has more. All other linear layers have one rule, so any role of theirs will do.
+    has more. All other linear layers have one rule, so they can share a role.
 
     Raises:
         ValueError: If the number of input features does not distinguish W_o from W_d, or the gain of W_d is not √2.

@@ -18,7 +18,7 @@ IGNORE_INDEX = -100
 
 # Number of logits in one chunk on a CPU. Only a chunk has float32 copies.
 _CHUNK = 2**23
-# Chunks are larger with the projection, since each adds a V×d product to the weight's gradient. On a GPU a chunk and
+# Chunks are larger with the projection, because each adds a V×d product to the weight's gradient. On a GPU a chunk and
 # its gradient, in bfloat16, take 512 MiB each.
 PROJECTED_CHUNK = {"cpu": 2**26, "cuda": 2**28}
 
@@ -38,7 +38,7 @@ class LossTerms(NamedTuple):
 
 
 def _chunks(tokens: int, vocabulary: int, limit: int) -> Iterator[slice]:
-    # A power of two, since aligned sizes are faster in a GPU's matrix product. Chunks of one size are compiled once.
+    # A power of two, because a GPU multiplies aligned sizes faster. Chunks of one size are compiled once.
     size = 1 << max(0, (limit // vocabulary).bit_length() - 1)
     return (slice(start, start + size) for start in range(0, tokens, size))
 

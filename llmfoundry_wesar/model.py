@@ -237,7 +237,7 @@ def check_keys(model: Mapping[str, Any]) -> None:
             loss exclude each other.
     """
     own = {*arguments(ComposerMPTCausalLM), *arguments(MPTConfig), *arguments(WeSaRMPTConfig)}
-    own.add("fuse_norm_attn_norm")  # read by foundry's blocks, but in no signature
+    own.add("fuse_norm_attn_norm")  # foundry's blocks read it, but no signature has it
     known = own | vars(PretrainedConfig()).keys()
     for key, value in model.items():
         if key not in known:
@@ -311,7 +311,7 @@ class WeSaRMPTModel(MPTModel):
         )
         if config.embedding_norm:
             norm = build_norm(config.norm_type.lower(), config.d_model, config.norm_eps, config.init_device)
-            # `optimizer.param_groups` of the settings excludes it from weight decay by the name `norm`.
+            # `optimizer.param_groups` of the settings finds it by the name `norm` and excludes it from weight decay.
             self.emb_drop = nn.Sequential(OrderedDict(norm=norm, dropout=self.emb_drop))
         blocks = super().construct_blocks(config)
         if config.residual_scaling:

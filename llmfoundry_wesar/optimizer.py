@@ -28,17 +28,17 @@ class WeSaRAdamW(torch.optim.AdamW):
                     - \alpha'\,\mathrm{lr}\,\hat m/(\sqrt{\hat v} + \epsilon) \\
               \alpha_0 &= \mathrm{rms}(V_0)/\sigma
 
-    where V' is α'W' of the gated model, and α₀ the initial gate. Any model will do: fused q, k, v have one gate for the
-    three matrices, tied embeddings have one for both. Parameters without a gate are updated as by AdamW.
+    where V' is α'W' of the gated model, and α₀ the initial gate. Any model can be trained: fused W_q, W_k and W_v
+    share one gate, and tied embeddings share one. Parameters without a gate are updated as by AdamW.
 
     `max_norm` bounds the norm of the gated model's gradients,
     :math:`\sqrt{\sum_V(\alpha^2\lVert G\rVert^2 + \langle G, V\rangle^2/\alpha^2) + \sum_p\lVert g_p\rVert^2}`, where
     p are the parameters without a gate. `torch.nn.utils.clip_grad_norm_` would bound the norm of all G and g_p.
 
     There are two differences to gated layers. α is kept at or above 1% of α₀ (`held`), because at α = 0 the matrix V
-    would be 0 and stay 0; the α of a layer can cross 0. And α₀ is measured on the initial matrix, not computed.
+    would stay 0; a gated layer's α can change its sign. And α₀ is measured on the initial matrix, not computed.
 
-    A step changes no gradients, and the host waits for no value. If parameters are sharded, it makes one all-reduce.
+    A step changes no gradients and does not wait for the device. If parameters are sharded, it makes one all-reduce.
 
     Args:
         params: As for every optimizer of torch. `gated` needs names: pass `model.named_parameters()`, or call `bind`.

@@ -69,7 +69,7 @@ class MergedHuggingFaceCheckpointer(HuggingFaceCheckpointer):
         try:
             for name, weight in plain.state_dict().items():
                 require_finite(name, weight)
-        except ValueError as error:  # only warn, since the run and its checkpoints may still be useful
+        except ValueError as error:  # only warn, because the run and its checkpoints may still be useful
             log.warning("callbacks.merged_hf_checkpointer: %s", error)
         self.parameters = plain.num_parameters()
         return plain, tokenizer

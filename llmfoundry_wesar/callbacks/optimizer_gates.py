@@ -43,7 +43,7 @@ class OptimizerGates(IntervalCallback):
             optimizer.bind(state.model)
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """Bind the optimizer again, since loading may wrap the model. Initialise the gates that were not loaded."""
+        """Bind the optimizer again, because loading may wrap the model. Initialise the gates that were not loaded."""
         for optimizer in _optimizers(state):
             optimizer.bind(state.model)
             if state.timestamp.batch.value > 0 and not optimizer.state:
