@@ -24,7 +24,7 @@ from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
 from llmfoundry_wesar.attention import flash_or_stock_attention
 from llmfoundry_wesar.data import evaluation as evaluation_data
-from llmfoundry_wesar.data.shards import encode
+from llmfoundry_wesar.data.shards import adds_eos, encode
 from llmfoundry_wesar.export.conversion import merge
 from llmfoundry_wesar.export.files import load
 from llmfoundry_wesar.model import WeSaRMPTForCausalLM
@@ -188,12 +188,13 @@ def _without_eos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
     A BOS stays, as in the training data.
     """
-    if tokenizer("").input_ids[-1:] != [tokenizer.eos_token_id] or not isinstance(tokenizer, PreTrainedTokenizerFast):
+    if not adds_eos(tokenizer) or not isinstance(tokenizer, PreTrainedTokenizerFast):
         return tokenizer
     ids, text = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
-    start = [tokenizer.convert_ids_to_tokens(token) for token in ids[: ids.index(text[0])]]
+    added = ids[: ids.index(text[0])]
+    start = tokenizer.convert_ids_to_tokens(added)
     copied = copy.deepcopy(tokenizer)
-    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in start]
+    special = list(zip(start, added, strict=True))
     post_processor = TemplateProcessing(single=[*start, "$A"], pair=None, special_tokens=special)
     copied.backend_tokenizer.post_processor = post_processor  # type: ignore[assignment]
     return copied

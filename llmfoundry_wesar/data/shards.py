@@ -29,7 +29,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from llmfoundry_wesar.data.corpus import HUB, Corpus, batches, find_files, open_hub, progress_bar, splits
 
-__all__ = ["encode", "prepare"]
+__all__ = ["adds_eos", "encode", "prepare"]
 
 EOS = "<|endoftext|>"
 DEFAULT_VOCAB_SIZE = 32_000
@@ -254,13 +254,17 @@ class _Packer:
         self.rest = tokens[end:]
 
 
+def adds_eos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the tokenizer itself puts its EOS at the end of each text."""
+    return tokenizer("").input_ids[-1:] == [tokenizer.eos_token_id]
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Return the tokens of each document: those that the tokenizer gives, such as a BOS, and an EOS at the end.
 
     The text of a special token in a document is encoded as text.
     """
-    eos = tokenizer.eos_token_id
-    end = [] if tokenizer("").input_ids[-1:] == [eos] else [eos]  # some tokenizers add the EOS themselves
+    end = [] if adds_eos(tokenizer) else [tokenizer.eos_token_id]
     encoded = tokenizer(
         texts, split_special_tokens=True, return_attention_mask=False, return_token_type_ids=False, verbose=False
     )
