@@ -178,6 +178,9 @@ class WeSaRAdamW(torch.optim.AdamW):
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
+    def _trained(self) -> list[Tensor]:
+        return [parameter for parameter in self._parameters() if parameter.requires_grad]
+
     def _shard(self, parameter: Tensor) -> Shard:
         return self._shards.get(parameter) or self._shards.setdefault(parameter, shard_of(parameter))
 
@@ -200,7 +203,7 @@ class WeSaRAdamW(torch.optim.AdamW):
         return self._pattern.search(self._names[parameter]) is not None
 
     def _check_gated(self) -> None:
-        trained = [parameter for parameter in self._parameters() if parameter.requires_grad]
+        trained = self._trained()
         if not any(map(self.has_gate, trained)):
             fits = "the default" if self._pattern is None else repr(self._pattern.pattern)
             names = ", ".join(map(self._name, trained[:8])) + (", …" if len(trained) > 8 else "")
@@ -214,7 +217,7 @@ class WeSaRAdamW(torch.optim.AdamW):
         if self._loaded:
             self._complete_loaded_state()
             self._loaded = False
-        new = [p for p in self._parameters() if p.requires_grad and p not in self.state]
+        new = [parameter for parameter in self._trained() if parameter not in self.state]
         if not new:
             return
         self._check_gated()
@@ -247,7 +250,7 @@ class WeSaRAdamW(torch.optim.AdamW):
         Raises:
             ValueError: If the state was saved by another optimizer, or with gates for other parameters.
         """
-        trained = [parameter for parameter in self._parameters() if parameter.requires_grad]
+        trained = self._trained()
         for parameter in trained:
             state = self.state.get(parameter)
             if state and ("gate" in state) != self.has_gate(parameter):
