@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from composer import Trainer
 from composer.algorithms import GradientClipping
 from composer.core import Callback, DataSpec
-from composer.loggers import InMemoryLogger
 from composer.optim import LinearWithWarmupScheduler
 from composer.utils import dist
 from llmfoundry.utils.builders import build_optimizer
@@ -128,20 +126,9 @@ def train(model: Any, optimizer: torch.optim.Optimizer, *callbacks: Callback, **
     """Run Composer's trainer on random tokens and return what it logged, by key and step."""
     ids = torch.randint(0, 97, (15 * 4, 16), generator=torch.Generator().manual_seed(2))
     loader = DataLoader([{"input_ids": row, "labels": row} for row in ids], batch_size=4)
-    logger = InMemoryLogger()
-    Trainer(
-        model=model,
-        optimizers=optimizer,
-        train_dataloader=DataSpec(loader, get_num_tokens_in_batch=lambda batch: batch["input_ids"].numel()),
-        max_duration="15ba",
-        device_train_microbatch_size=2,
-        callbacks=list(callbacks),
-        loggers=logger,
-        device="cpu",
-        progress_bar=False,
-        **options,
-    ).fit()
-    return {key: {time.batch.value: value for time, value in values} for key, values in logger.data.items()}
+    batches = DataSpec(loader, get_num_tokens_in_batch=lambda batch: batch["input_ids"].numel())
+    options |= {"max_duration": "15ba", "device_train_microbatch_size": 2}
+    return training.fit(model, optimizer, list(callbacks), batches, **options)
 
 
 def test_fifteen_steps_of_the_trainer_are_the_gated_models():

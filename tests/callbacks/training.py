@@ -107,11 +107,19 @@ def train(
     data = TensorDataset(ids, torch.randn(len(ids), 3, generator=random))
     # Without shuffling each of n ranks takes every n-th sample, so together they have the batch of one process.
     loader = DataLoader(data, BATCH // dist.get_world_size(), sampler=dist.get_sampler(data))
+    batches = DataSpec(loader, get_num_tokens_in_batch=lambda batch: batch[0].numel())
+    return fit(model, optimizer, callbacks, batches, **trainer)
+
+
+def fit(
+    model: ComposerModel, optimizer: torch.optim.Optimizer, callbacks: list[Callback], batches: DataSpec, **trainer: Any
+) -> dict[str, dict[int, float]]:
+    """Train on the CPU, by default for one epoch, and return what was logged, as `train` does."""
     logger = InMemoryLogger()
     Trainer(
         model=model,
         optimizers=optimizer,
-        train_dataloader=DataSpec(loader, get_num_tokens_in_batch=lambda batch: batch[0].numel()),
+        train_dataloader=batches,
         callbacks=callbacks,
         loggers=logger,
         **{"max_duration": "1ep", "device": "cpu", "progress_bar": False, **trainer},
