@@ -109,8 +109,8 @@ def data(
         list[str],
         Option(
             help="stdlib (the source of this Python's standard library); a .txt, .jsonl, .raw or .tokens file, or one "
-            "with .xz, .zst or .gz; a folder of such files; or hf:NAME[:CONFIG][@SPLIT] (a Hugging Face data set, "
-            "streamed; the default split is train). Can be given several times."
+            "with .xz, .zst, .gz or .bz2; a folder of such files; or hf:NAME[:CONFIG][@SPLIT] (a Hugging Face data "
+            "set, streamed; the default split is train). Can be given several times."
         ),
     ],
     sequence_length: Annotated[int, Option(help="Tokens in a sequence.")] = 2048,

@@ -1,37 +1,30 @@
-"""Read text documents from files and the Hub, in a fixed order, and split them into train and val."""
+"""Give the documents of files and data sets of the Hub a fixed order, and split them into train and val."""
 
-import gzip
 import hashlib
-import io
-import json
-import lzma
 import random
 import re
+import sys
 import sysconfig
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import NamedTuple, cast
 
-import pyarrow
 from datasets import IterableDataset, load_dataset
 from tqdm import tqdm
 
-__all__ = ["HUB", "Corpus", "Document", "batches", "find_files", "open_hub", "progress_bar", "read_texts", "splits"]
+from llmfoundry_wesar.data.reading import FILE_NAME, FILE_NAMES, Text, read_texts, text_of
+
+__all__ = ["HUB", "Corpus", "Document", "batches", "find_files", "open_hub", "progress_bar", "say", "splits"]
 
 # Limits on memory, in bytes of text. Encoding a document takes about 150 times its size.
-TXT_BYTES = 1_000_000  # a longer .txt file is cut into documents of this size
 SHUFFLE_BYTES = 128_000_000  # size of the shuffle buffer
 BATCH_BYTES = 4_000_000  # documents encoded in one call, which uses all cores
 
-FILE_NAME = re.compile(r"\.(txt|jsonl|raw|tokens)(\.(xz|zst|gz))?$")
-FILE_NAMES = "*.txt, *.jsonl, or *.raw and *.tokens as WikiText has them, plain or with .xz, .zst or .gz"
 HUB = "hf:NAME[:CONFIG][@SPLIT]"
 HUB_NAME = re.compile(r"hf:(?P<name>[^:@]+)(:(?P<config>[^:@]+))?(@(?P<split>\w+(\.\w+)*))?")
-HEADING = re.compile(r"= [^=].* =", re.DOTALL)  # a first-level heading of WikiText, without the blanks around it
 # Not read: tests (unusual text), `encodings` (tables of hexadecimal numbers) and installed packages.
 NOT_STDLIB = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"}
 
@@ -56,19 +49,23 @@ class Corpus:
 
     Args:
         files: Paths from `find_files`.
-        hub: Streams from `open_hub`, read after the files.
+        hub: Source → stream from `open_hub`, read after the files.
         text_key: Field of a .jsonl line or a row with the text.
         seed: Seed of the split and of the order.
         shuffle: Read the files in random order and pass the documents through a shuffle buffer.
         val_fraction: Share of the documents to hold out, in [0, 1].
+
+    Attributes:
+        skipped: For `null` and `empty`, the number of rows that the last iteration skipped, and where the first one is.
     """
 
     files: Sequence[Path]
-    hub: Sequence[IterableDataset]
+    hub: Mapping[str, IterableDataset]
     text_key: str
     seed: int
     shuffle: bool
     val_fraction: float
+    skipped: dict[str, tuple[int, str]] = field(default_factory=dict, compare=False)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -79,11 +76,21 @@ class Corpus:
         if self.shuffle:
             rng.shuffle(files)
             # Shuffle only the files of the data set here. Its buffer counts documents, ours (`_shuffled`) counts bytes.
-            hub = [rows.shuffle(seed=self.seed, buffer_size=1) for rows in hub]
-        from_files = (text for path in files for text, _ in read_texts(path, self.text_key))
-        from_hub = (row[self.text_key] for rows in hub for row in rows)
-        documents = (self._document(text) for text in chain(from_files, from_hub) if text)
+            hub = {name: rows.shuffle(seed=self.seed, buffer_size=1) for name, rows in hub.items()}
+        from_files = (read_texts(path, self.text_key) for path in files)
+        from_hub = (_hub_texts(name, rows, self.text_key) for name, rows in hub.items())
+        documents = self._documents(chain.from_iterable(chain(from_files, from_hub)))
         return _shuffled(documents, rng) if self.shuffle else documents
+
+    def _documents(self, texts: Iterable[Text]) -> Iterator[Document]:
+        self.skipped.clear()
+        for text, where, _ in texts:
+            if text:
+                yield self._document(text)
+            else:
+                kind = "null" if text is None else "empty"
+                count, first = self.skipped.get(kind, (0, where))
+                self.skipped[kind] = count + 1, first
 
     def _document(self, text: str) -> Document:
         """Choose the split by a hash of the text, so that equal texts are in the same split."""
@@ -96,15 +103,17 @@ class Corpus:
         """Read every file once, to find a bad file before the long work starts. Return the bytes of text per split.
 
         Raises:
-            ValueError: A file is damaged or not UTF-8, a .jsonl line has no text, or a split cannot fill a sequence.
+            ValueError: As in `read_texts`, or a split cannot fill a sequence.
         """
         count, size = Counter(), Counter()
         with progress_bar("checking files", sum(path.stat().st_size for path in self.files), "B") as bar:
             for path in self.files:
                 before = 0
-                for text, position in read_texts(path, self.text_key):
+                for text, _, position in read_texts(path, self.text_key):
                     bar.update(position - before)
                     before = position
+                    if not text:
+                        continue
                     document = self._document(text)
                     count[document.split] += 1
                     size[document.split] += document.size
@@ -143,6 +152,11 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def say(text: str) -> None:
+    """Write a line to stderr, beside a progress bar."""
+    tqdm.write(text, file=sys.stderr)
 
 
 def progress_bar(what: str, total: int | None, unit: str) -> tqdm:
@@ -186,75 +200,25 @@ def open_hub(source: str, text_key: str) -> IterableDataset:
         rows = cast(IterableDataset, load_dataset(parts["name"], parts["config"], split=split, streaming=True))
     except ValueError as error:
         raise ValueError(f"source {source}: {error}; name one that exists, as in {HUB}") from error
-    first = next(iter(rows), {})
-    if not isinstance(first.get(text_key), str):
-        raise ValueError(f"source {source} has no text under {text_key!r}; set text_key to another of {list(first)}")
-    return rows
+    for _ in _hub_texts(source, rows.take(1), text_key):
+        return rows
+    raise ValueError(f"source {source} has no rows; name another split or config, as in {HUB}")
 
 
-def _decompressed(raw: BinaryIO, suffix: str) -> Any:
-    if suffix == ".xz":
-        return lzma.open(raw)
-    if suffix == ".gz":
-        return gzip.open(raw)
-    if suffix == ".zst":
-        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd"))
-    return raw
-
-
-def read_texts(path: Path, text_key: str) -> Iterator[tuple[str, int]]:
-    """Yield each text of a file, and the number of bytes read from the file so far.
+def _hub_texts(source: str, rows: IterableDataset, text_key: str) -> Iterator[Text]:
+    """Yield the text of each row of a Hugging Face data set.
 
     Raises:
-        ValueError: The file is damaged or not UTF-8, or a line of a .jsonl file has no text under `text_key`.
+        ValueError: A row has no text under `text_key`, or `datasets` cannot read the next row.
     """
-    name = FILE_NAME.search(path.name)
-    kind = name[1] if name else "txt"  # no match: a .py file of the standard library
-    pieces = _decoded(path, by_line=kind != "txt")
-    if kind == "jsonl":
-        for number, (line, position) in enumerate(pieces, start=1):
-            if line.strip():
-                yield _field(line, text_key, f"{path}, line {number}"), position
-    elif kind == "txt":
-        yield from pieces
-    else:
-        yield from ((text, position) for text, position in _articles(pieces) if text.strip())
-
-
-def _decoded(path: Path, by_line: bool) -> Iterator[tuple[str, int]]:
-    """Yield the text of a file line by line, or in pieces of about `TXT_BYTES` that end at line ends."""
-    offset = 0
-    try:
-        with path.open("rb") as raw, _decompressed(raw, path.suffix) as stream:
-            for data in stream if by_line else iter(lambda: b"".join(stream.readlines(TXT_BYTES)), b""):
-                try:
-                    text = data.decode()
-                except UnicodeDecodeError as error:
-                    raise ValueError(
-                        f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {offset + error.start} "
-                        "of the text; convert it first"
-                    ) from None
-                offset += len(data)
-                yield text, raw.tell()
-    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-
-
-def _articles(lines: Iterable[tuple[str, int]]) -> Iterator[tuple[str, int]]:
-    """Join the lines of each article of WikiText, as EleutherAI/wikitext_document_level on the Hub does."""
-    article, position = [], 0
-    for line, position in lines:
-        if HEADING.fullmatch(line.strip()):
-            yield "".join(article).removesuffix("\n"), position
-            article = []
-        article.append(line)
-    yield "".join(article), position
-
-
-def _field(line: str, text_key: str, where: str) -> str:
-    try:
-        text = json.loads(line)[text_key]
-        text.encode()  # fails on half a surrogate pair, which JSON allows but UTF-8 cannot encode
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where}: not a JSON object with text under {text_key!r}; change it or text_key") from error
-    return text
+    number, iterator = 0, iter(rows)
+    while True:
+        number += 1
+        try:
+            row = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:  # of any class: each format has a reader of its own
+            raise ValueError(f"source {source}, row {number} cannot be read: {error}") from error
+        where = f"source {source}, row {number}"
+        yield Text(text_of(row, text_key, where), where, 0)

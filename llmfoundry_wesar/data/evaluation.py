@@ -8,72 +8,102 @@
 The first two may be compressed, with .xz added to their names. `superglue` may be the archive `superglue.tar.xz`.
 """
 
-import json
-import lzma
+import io
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llmfoundry_wesar.data.corpus import read_texts
+from llmfoundry_wesar.data.reading import decoded, entry, read_json_lines, read_texts, unpacked
 
 Row = dict[str, Any]
 
 
-def _plain(row: Row) -> Iterator[Row]:
-    yield {**row, "label": int(row["label"])}
+def _strings(row: Row, keys: str, where: str) -> Row:
+    return {key: entry(row, key, str, where) for key in keys.split()}
 
 
-def _named(*labels: str) -> Callable[[Row], Iterator[Row]]:
-    return lambda row: iter([{**row, "label": labels.index(row["label"])}])
+def _label(row: Row, where: str) -> int:
+    label = row.get("label")
+    if label not in (0, 1):  # also false and true
+        raise ValueError(f"{where}: 'label' is {label!r}, not one of false, true, 0, 1")
+    return int(label)
 
 
-def _multirc(row: Row) -> Iterator[Row]:
-    for question in row["passage"]["questions"]:
-        for answer in question["answers"]:
+def _plain(keys: str) -> Callable[[Row, str], Iterator[Row]]:
+    """Return the reader of a task whose row is an example, with strings under the keys and a boolean label."""
+    return lambda row, where: iter([{**row, **_strings(row, keys, where), "label": _label(row, where)}])
+
+
+def _named(keys: str, *labels: str) -> Callable[[Row, str], Iterator[Row]]:
+    """As `_plain`, for a label that is one of several words."""
+
+    def read(row: Row, where: str) -> Iterator[Row]:
+        strings, label = _strings(row, keys, where), entry(row, "label", str, where)
+        if label not in labels:
+            raise ValueError(f"{where}: 'label' is {label!r}, not one of {', '.join(labels)}")
+        yield {**row, **strings, "label": labels.index(label)}
+
+    return read
+
+
+def _multirc(row: Row, where: str) -> Iterator[Row]:
+    passage = entry(row, "passage", dict, where)
+    text = entry(passage, "text", str, where)
+    for question in entry(passage, "questions", list, where):
+        for answer in entry(question, "answers", list, where):
             yield {
-                "idx": row["idx"],
-                "paragraph": row["passage"]["text"],
-                "question": question["question"],
-                "answer": answer["text"],
-                "label": int(answer["label"]),
+                "idx": entry(row, "idx", int, where),
+                "paragraph": text,
+                "question": entry(question, "question", str, where),
+                "answer": entry(answer, "text", str, where),
+                "label": _label(answer, where),
             }
 
 
-def _record(row: Row) -> Iterator[Row]:
-    text = row["passage"]["text"]
-    entities = sorted({text[entity["start"] : entity["end"] + 1] for entity in row["passage"]["entities"]})
-    for question in row["qas"]:
-        answers = sorted({answer["text"] for answer in question["answers"]})
+def _record(row: Row, where: str) -> Iterator[Row]:
+    passage = entry(row, "passage", dict, where)
+    text = entry(passage, "text", str, where)
+    spans = [
+        (entry(e, "start", int, where), entry(e, "end", int, where)) for e in entry(passage, "entities", list, where)
+    ]
+    for start, end in spans:
+        if not 0 <= start <= end < len(text):
+            raise ValueError(f"{where}: an entity is from {start} to {end}, but the text has {len(text)} characters")
+    entities = sorted({text[start : end + 1] for start, end in spans})
+    for question in entry(row, "qas", list, where):
+        answers = sorted({entry(answer, "text", str, where) for answer in entry(question, "answers", list, where)})
         yield {
-            "idx": row["idx"],
+            "idx": entry(row, "idx", int, where),
             "passage": text,
-            "query": question["query"],
+            "query": entry(question, "query", str, where),
             "entities": entities,
             "answers": answers,
         }
 
 
-def _wsc(row: Row) -> Iterator[Row]:
+def _wsc(row: Row, where: str) -> Iterator[Row]:
     """Correct spans that differ from the text, as the Hub's variant `wsc.fixed` does."""
-    target, words = dict(row["target"]), row["text"].split()
+    text, target = entry(row, "text", str, where), dict(entry(row, "target", dict, where))
+    words = text.split()
     for span in ("span1", "span2"):
-        length = len(target[f"{span}_text"].split())
-        if target[f"{span}_text"] not in row["text"]:
-            first = target[f"{span}_index"]
-            target[f"{span}_text"] = " ".join(words[first : first + length]).rstrip(".,;")
-    yield {"idx": row["idx"], "text": row["text"], **target, "label": int(row["label"])}
+        first, written = entry(target, f"{span}_index", int, where), entry(target, f"{span}_text", str, where)
+        if not 0 <= first < len(words):
+            raise ValueError(f"{where}: '{span}_index' is {first}, but the text has {len(words)} words")
+        if written not in text:
+            target[f"{span}_text"] = " ".join(words[first : first + len(written.split())]).rstrip(".,;")
+    yield {"idx": entry(row, "idx", int, where), "text": text, **target, "label": _label(row, where)}
 
 
 # lm-evaluation-harness's name of a task → its folder, and the function that turns a line of its files into rows.
-_SUPERGLUE: dict[str, tuple[str, Callable[[Row], Iterable[Row]]]] = {
-    "boolq": ("BoolQ", _plain),
-    "cb": ("CB", _named("entailment", "contradiction", "neutral")),
-    "copa": ("COPA", _plain),
+_SUPERGLUE: dict[str, tuple[str, Callable[[Row, str], Iterable[Row]]]] = {
+    "boolq": ("BoolQ", _plain("question passage")),
+    "cb": ("CB", _named("premise hypothesis", "entailment", "contradiction", "neutral")),
+    "copa": ("COPA", _plain("premise choice1 choice2 question")),
     "multirc": ("MultiRC", _multirc),
     "record": ("ReCoRD", _record),
-    "sglue_rte": ("RTE", _named("entailment", "not_entailment")),
-    "wic": ("WiC", _plain),
+    "sglue_rte": ("RTE", _named("premise hypothesis", "entailment", "not_entailment")),
+    "wic": ("WiC", _plain("word sentence1 sentence2")),
     "wsc": ("WSC", _wsc),
 }
 
@@ -81,21 +111,39 @@ _SUPERGLUE: dict[str, tuple[str, Callable[[Row], Iterable[Row]]]] = {
 def _texts(path: Path) -> list[str]:
     for file in (path.with_name(f"{path.name}.xz"), path):
         if file.is_file():
-            return [text for text, _ in read_texts(file, "text")]
+            texts = []
+            for text, where, _ in read_texts(file, "text"):
+                if not text:
+                    raise ValueError(
+                        f"{where}: 'text' is {'null' if text is None else 'empty'}, but each line is scored"
+                    )
+                texts.append(text)
+            return texts
     raise FileNotFoundError(f"{path}: no such file, and no {path.name}.xz either.")
 
 
-def _superglue(folder: Path, name: str) -> str:
+def _superglue(folder: Path, name: str) -> list[tuple[str, Any]]:
+    """Return the place and the JSON value of each line of a file of SuperGLUE."""
     archive = folder / "superglue.tar.xz"
-    if not archive.is_file():
-        return (folder / "superglue" / name).read_text(encoding="utf-8")
-    with tarfile.open(archive) as members:
+    if archive.is_file():
+        with unpacked(archive) as (_, stream):
+            data = stream.read()  # the whole archive, because its checksums are at the end
+        place = f"{archive}, superglue/{name}"
         try:
-            file = members.extractfile(f"superglue/{name}")
+            with tarfile.open(fileobj=io.BytesIO(data)) as members:
+                file = members.extractfile(f"superglue/{name}")
         except KeyError:
             raise FileNotFoundError(f"{archive}: has no file superglue/{name}.") from None
-        assert file is not None
-        return file.read().decode()
+        except tarfile.TarError as error:
+            raise ValueError(f"{archive} is not a tar archive: {error}; get it again") from error
+        content = b"" if file is None else file.read()
+    else:
+        path = folder / "superglue" / name
+        place, content = str(path), path.read_bytes()
+    rows = list(read_json_lines(place, decoded(place, io.BytesIO(content))))
+    if not rows:
+        raise ValueError(f"{place} is empty; get it again")
+    return rows
 
 
 def rows(folder: str | Path, task: str) -> dict[str, list[Row]]:
@@ -110,19 +158,16 @@ def rows(folder: str | Path, task: str) -> dict[str, list[Row]]:
 
     Raises:
         FileNotFoundError: The folder has no data of the task.
-        ValueError: The data cannot be read.
+        ValueError: A file is damaged, or a line has not the keys of its task. The message names the file and the line.
     """
     folder = Path(folder)
-    try:
-        if task == "wikitext":
-            return {"test": [{"page": text} for text in _texts(folder / "wikitext2_test.raw")]}
-        if task == "lambada_openai":
-            return {"test": [{"text": text} for text in _texts(folder / "lambada_test.jsonl")]}
-        name, rows_of = _SUPERGLUE[task]
-        files = {"train": f"{name}/train.jsonl", "validation": f"{name}/val.jsonl"}
-        return {
-            split: [row for line in _superglue(folder, file).splitlines() for row in rows_of(json.loads(line))]
-            for split, file in files.items()
-        }
-    except (ValueError, KeyError, TypeError, IndexError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
-        raise ValueError(f"{folder}: the data of {task} cannot be read ({error!r}).") from error
+    if task == "wikitext":
+        return {"test": [{"page": text} for text in _texts(folder / "wikitext2_test.raw")]}
+    if task == "lambada_openai":
+        return {"test": [{"text": text} for text in _texts(folder / "lambada_test.jsonl")]}
+    name, rows_of = _SUPERGLUE[task]
+    files = {"train": f"{name}/train.jsonl", "validation": f"{name}/val.jsonl"}
+    return {
+        split: [row for where, line in _superglue(folder, file) for row in rows_of(line, where)]
+        for split, file in files.items()
+    }

@@ -22,12 +22,11 @@ import numpy as np
 from streaming import MDSWriter
 from tokenizers import Tokenizer
 from tokenizers.implementations import ByteLevelBPETokenizer
-from tqdm import tqdm
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.models.gpt2.tokenization_gpt2_fast import GPT2TokenizerFast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from llmfoundry_wesar.data.corpus import HUB, Corpus, batches, find_files, open_hub, progress_bar, splits
+from llmfoundry_wesar.data.corpus import HUB, Corpus, batches, find_files, open_hub, progress_bar, say, splits
 
 __all__ = ["adds_eos", "encode", "prepare"]
 
@@ -54,7 +53,8 @@ def prepare(
     """Write a tokenizer and token shards for llm-foundry's `text` loader. Continue an earlier run that was interrupted.
 
     A document is a line of a .jsonl file, a row of a Hugging Face data set, an article of a WikiText file, or a .txt
-    file; a .txt file of more than 1 MB is cut at line ends. Empty documents are skipped. A hash of seed and text sends
+    file; a .txt file of more than 1 MB is cut at line ends. Rows with null instead of a text and empty documents are
+    skipped, and a line on stderr says how many. A hash of seed and text sends
     a document to val or train, so equal documents are in the same split. Within a split the tokens of all documents,
     with an EOS after each document, are joined and cut into sequences. A last part shorter than a sequence is dropped.
     A special token that is written in the text is encoded as plain text, so that an EOS always means an end. Special
@@ -69,9 +69,9 @@ def prepare(
     Args:
         out: New or empty folder, or that of an earlier run with the same arguments.
         sources: Each is `stdlib` (this Python's standard library without tests and `encodings`), a file
-            (*.txt, *.jsonl, or WikiText's *.raw and *.tokens, plain or with .xz, .zst or .gz), a folder of such files,
-            or `hf:NAME[:CONFIG][@SPLIT]`: a split (train by default) of a Hugging Face data set, or of a local folder
-            that `datasets` can load. The data set is streamed.
+            (*.txt, *.jsonl, or WikiText's *.raw and *.tokens, plain or with .xz, .zst, .gz or .bz2), a folder of such
+            files, or `hf:NAME[:CONFIG][@SPLIT]`: a split (train by default) of a Hugging Face data set, or of a local
+            folder that `datasets` can load. The data set is streamed.
         sequence_length: Tokens in a sequence.
         vocab_size: Exact size of the byte-level BPE vocabulary that is trained on the first 500 MB of the train
             split; None for 32,000. Only without `tokenizer`.
@@ -108,12 +108,12 @@ def prepare(
     manifest = _earlier_run(out, arguments)
     parts = splits(val_fraction)
     if manifest and all((out / part).exists() for part in ("tokenizer", *parts)):
-        _say(f"{out} is complete: nothing to do")
+        say(f"{out} is complete: nothing to do")
         return {split: _sequences(out / split) for split in parts}
 
     kept = (out / "tokenizer").exists()
     given = None if tokenizer is None or kept else _load_tokenizer(tokenizer)
-    rows = [open_hub(name, text_key) for name in hub]
+    rows = {name: open_hub(name, text_key) for name in hub}
     corpus = Corpus(list(files.values()), rows, text_key, seed, shuffle, val_fraction)
     manifest = manifest or {"arguments": arguments, "bytes": corpus.check(sequence_length)}
     sizes = {} if hub else manifest["bytes"]  # unknown for a stream
@@ -123,10 +123,10 @@ def prepare(
     partial.mkdir(parents=True)
     try:
         if kept:
-            _say("tokenizer: kept from the earlier run")
+            say("tokenizer: kept from the earlier run")
         else:
             made = given or _train_tokenizer(corpus, cast(int, vocab_size), sequence_length, sizes)
-            made.save_pretrained(partial / "tokenizer")
+            _save(made, partial / "tokenizer")
             if not (out / MANIFEST).exists():
                 (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
                 (partial / MANIFEST).rename(out / MANIFEST)
@@ -134,7 +134,7 @@ def prepare(
         used = _load_tokenizer(str(out / "tokenizer"))
         if used.pad_token_id == used.eos_token_id:
             # The `text` loader uses transformers' collator, which masks every pad token in the labels.
-            _say(
+            say(
                 f"warning: the pad token of this tokenizer is its EOS, {used.eos_token}, so training masks every EOS "
                 "and the model does not learn to end a document; set tokenizer.kwargs.pad_token: null in the YAML"
             )
@@ -177,9 +177,15 @@ def _earlier_run(out: Path, arguments: dict[str, Any]) -> dict[str, Any] | None:
         if out.exists() and (not out.is_dir() or any(path.name != PARTIAL for path in out.iterdir())):
             raise FileExistsError(f"{out} holds something else; give a new or empty folder")
         return None
-    manifest = json.loads((out / MANIFEST).read_text())
+    try:
+        manifest = json.loads((out / MANIFEST).read_text())
+        earlier = {key: manifest["arguments"][key] for key in arguments}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{out / MANIFEST} is not what data has written; give another folder or delete {out}"
+        ) from error
     for key, now in arguments.items():
-        before = manifest["arguments"][key]
+        before = earlier[key]
         if before != now:
             if key == "files":
                 name = min(name for name in before | now if before.get(name) != now.get(name))
@@ -190,10 +196,6 @@ def _earlier_run(out: Path, arguments: dict[str, Any]) -> dict[str, Any] | None:
 
 def _sequences(split: Path) -> int:
     return sum(shard["samples"] for shard in json.loads((split / "index.json").read_text())["shards"])
-
-
-def _say(text: str) -> None:
-    tqdm.write(text, file=sys.stderr)
 
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -207,6 +209,13 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {name} has no EOS token to mark the end of a document; use one that has")
     return tokenizer
+
+
+def _save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the class that tokenizers raises, for example if the disk is full
+        raise OSError(f"{folder}: the tokenizer cannot be written: {error}") from error
 
 
 def _train_tokenizer(
@@ -301,6 +310,8 @@ def _write_shards(
             bar.update((read if max_tokens is None else packers["train"].sequences * sequence_length) - bar.n)
             if max_tokens is not None and packers["train"].sequences == limit:
                 break
+    for kind, (number, first) in corpus.skipped.items():
+        say(f"skipped {number:,} {kind} document{'s' * (number > 1)}, first in {first}")
     for split, packer in packers.items():
         if packer.sequences == 0:
             raise ValueError(

@@ -1,5 +1,6 @@
 """Reading, order and split of the documents. test_shards.py tests the later steps."""
 
+import bz2
 import gzip
 import json
 import lzma
@@ -9,6 +10,7 @@ import pyarrow
 import pytest
 
 from llmfoundry_wesar.data import corpus as corpus_module
+from llmfoundry_wesar.data import reading
 from llmfoundry_wesar.data.corpus import Corpus, find_files, open_hub
 from tests.evaluation_files import WIKITEXT
 
@@ -20,7 +22,7 @@ def jsonl(texts, key="text"):
 
 
 def corpus_of(path, text_key="text", seed=17, shuffle=False, val_fraction=0.1):
-    return Corpus(list(find_files(str(path)).values()), [], text_key, seed, shuffle, val_fraction)
+    return Corpus(list(find_files(str(path)).values()), {}, text_key, seed, shuffle, val_fraction)
 
 
 def zstd(path, data):
@@ -34,8 +36,10 @@ def zstd(path, data):
 
 WRITERS = {
     "": lambda path, data: path.write_bytes(data),
-    ".gz": lambda path, data: path.write_bytes(gzip.compress(data)),
-    ".xz": lambda path, data: path.write_bytes(lzma.compress(data)),
+    # Two members each.
+    ".gz": lambda path, data: path.write_bytes(gzip.compress(data[:99]) + gzip.compress(data[99:])),
+    ".xz": lambda path, data: path.write_bytes(lzma.compress(data[:99]) + lzma.compress(data[99:])),
+    ".bz2": lambda path, data: path.write_bytes(bz2.compress(data[:99]) + bz2.compress(data[99:])),
     ".zst": zstd,
 }
 
@@ -64,7 +68,7 @@ def test_wikitext_is_cut_into_articles_and_nothing_else(tmp_path, name):
 
 def test_long_txt_file_is_cut_at_line_ends(tmp_path, monkeypatch):
     """The documents have a bounded size and join to the file, so that one large file has a val split too."""
-    monkeypatch.setattr(corpus_module, "TXT_BYTES", 1_000)
+    monkeypatch.setattr(reading, "TXT_BYTES", 1_000)
     text = "".join(text + "\n" for text in TEXTS)
     (tmp_path / "a.txt").write_text(text)
     cuts = [document.text for document in corpus_of(tmp_path)]
@@ -110,7 +114,7 @@ def test_shuffle_mixes_the_order_of_files(tmp_path, monkeypatch, hub):
     for name in range(20):
         (tmp_path / f"{name:02}.jsonl").write_text(jsonl([str(name)]))
     files = [] if hub else list(find_files(str(tmp_path)).values())
-    rows = [open_hub(f"hf:{tmp_path}", "text")] if hub else []
+    rows = {"hf": open_hub(f"hf:{tmp_path}", "text")} if hub else {}
     plain, mixed = ([document.text for document in Corpus(files, rows, "text", 17, mix, 0.1)] for mix in (False, True))
     assert plain == [str(name) for name in range(20)]
     assert mixed != plain and sorted(mixed) == sorted(plain)
@@ -152,22 +156,76 @@ def test_stdlib_is_library_modules_only():
     assert not any(part in name for name in names for part in ("/test/", "/tests/", "-packages/", "/encodings/"))
 
 
+def test_a_line_of_json_lines_ends_at_a_line_feed_alone(tmp_path):
+    """Other programs write these characters in strings as they are. A mark at the start is no part of the text."""
+    texts = ["a\u2028b\u2029c\x85d\x7fe", "f", "\ufeffg"]
+    lines = "\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    (tmp_path / "a.jsonl").write_bytes(f"\ufeff{lines}".encode())
+    (tmp_path / "b.txt").write_bytes("\ufefffirst\x0b\x0c\x1c\rsecond".encode())
+    assert [document.text for document in corpus_of(tmp_path)] == [*texts, "first\x0b\x0c\x1c\rsecond"]
+
+
+@pytest.mark.parametrize("hub", [False, True])
+def test_rows_without_text_are_skipped_and_counted(tmp_path, hub):
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "a"}\n{"text": ""}\n{"text": null}\n')
+    corpus = corpus_of(tmp_path)
+    where = f"{tmp_path / 'a.jsonl'}, line "
+    if hub:
+        corpus = Corpus([], {"hf:x": open_hub(f"hf:{tmp_path}", "text")}, "text", 17, False, 0.1)
+        where = "source hf:x, row "
+    assert [document.text for document in corpus] == ["a"]
+    assert corpus.skipped == {"null": (2, f"{where}1"), "empty": (1, f"{where}3")}
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        (
+            [{"body": "x"}],
+            "row 1: the key 'text' is missing; the keys are 'body'; .* text_key to the key with the text",
+        ),
+        ([{"text": ["x"]}], "row 1: 'text' is an array, not a string"),
+    ],
+)
+def test_what_is_wrong_with_a_hugging_face_row_is_said(tmp_path, rows, message):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=message):
+        open_hub(f"hf:{tmp_path}", "text")
+
+
+JSON_X = b'{"text": "x"}\n'
+
+
 @pytest.mark.parametrize(
     "name, data, message",
     [
         ("a.txt", b"good \xff bad", r"a.txt is not UTF-8: byte 0xff at offset 5 "),
-        ("a.jsonl", b'{"text": "x"}\n{"text": "\xe4"}\n', r"a.jsonl is not UTF-8: byte 0xe4 at offset 24 "),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n{"text": "\xe4"}\n', mtime=0), r"gz is not UTF-8.* offset 24 "),
-        ("a.jsonl", b'{"text": "x"}\n\n{"body": "y"}\n', r"a.jsonl, line 3: .*'text'"),
-        ("a.jsonl", b'{"text": 5}\n', r"a.jsonl, line 1: .*'text'"),
-        ("a.jsonl", b'["text"]\n', r"a.jsonl, line 1: .*'text'"),
-        ("a.jsonl", b'{"text": "x"\n', r"a.jsonl, line 1: "),
-        ("a.jsonl", b'{"text": "\\ud800"}\n', r"a.jsonl, line 1: "),
-        ("a.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], r"a.txt.gz cannot be read"),
-        ("a.txt.xz", lzma.compress(b"text" * 99)[:-9], r"a.txt.xz cannot be read"),
-        ("a.txt.xz", b"no xz at all", r"a.txt.xz cannot be read"),
-        ("a.txt.zst", b"no zstd at all", r"a.txt.zst cannot be read"),
-        ("a.jsonl", b"", r"the train split has 0 bytes"),
+        ("a.txt", b"\xef\xbb\xbfgood \xff bad", r"a.txt is not UTF-8: byte 0xff at offset 8 "),
+        ("a.jsonl", JSON_X + b'{"text": "\xe4"}\n', r"a.jsonl is not UTF-8: byte 0xe4 at offset 24 "),
+        ("a.jsonl.gz", gzip.compress(JSON_X + b'{"text": "\xe4"}\n', mtime=0), r"gz is not UTF-8.* offset 24 "),
+        (
+            "a.jsonl",
+            JSON_X + b'\n{"body": "y"}\n',
+            r"a.jsonl, line 3: the key 'text' is missing; .* are 'body'; .*text_key",
+        ),
+        ("a.jsonl", b'{"text": 5}\n', r"a.jsonl, line 1: 'text' is a number, not a string"),
+        ("a.jsonl", b'["text"]\n', r"a.jsonl, line 1: an array where an object with the key 'text' is needed"),
+        ("a.jsonl", b"null\n", r"a.jsonl, line 1: null where an object"),
+        ("a.jsonl", b'{"text": "x"\n', r"a.jsonl, line 1: broken JSON: Expecting ',' delimiter"),
+        ("a.jsonl", JSON_X[:-1] + b"\r" + JSON_X, r"a.jsonl, line 1: broken JSON: Extra data"),
+        ("a.jsonl", b"[" * 99_999, r"a.jsonl, line 1: broken JSON: maximum recursion depth"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', r"a.jsonl, line 1: 'text' has '\\ud800', half of a surrogate pair"),
+        ("a.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], r"a.txt.gz is damaged, .*: its end is missing"),
+        ("a.txt.xz", lzma.compress(b"text" * 99)[:-9], r"a.txt.xz is damaged, .*: its end is missing"),
+        ("a.txt.xz", lzma.compress(b"text") + b"damaged", r"a.txt.xz is damaged, "),
+        ("a.txt.bz2", bz2.compress(b"text") + b"damaged", r"a.txt.bz2 is damaged, "),
+        ("a.txt.gz", gzip.compress(b"text") + b"damaged", r"a.txt.gz is damaged, "),
+        ("a.txt.xz", b"no xz at all", r"a.txt.xz is damaged, or not in the .xz format"),
+        ("a.txt.zst", b"no zstd at all", r"a.txt.zst is damaged, or not in the .zst format"),
+        *((f"a.txt{suffix}", b"", rf"a.txt{suffix} is empty, so") for suffix in WRITERS if suffix),
+        ("a.jsonl", b"", r"a.jsonl is empty; remove it or get it again"),
+        ("a.raw", b" \n", r"a.raw is empty"),
+        ("a.txt", b"", r"the train split has 0 bytes"),
     ],
 )
 def test_check_names_the_file_and_the_place(tmp_path, name, data, message):

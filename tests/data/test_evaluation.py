@@ -1,10 +1,12 @@
 import json
+import lzma
+import tarfile
 
 import pytest
 
 from llmfoundry_wesar.data.evaluation import rows
 from llmfoundry_wesar.evaluate import TASKS, _harness_tasks
-from tests.evaluation_files import ANSWERS, LAMBADA, WIKITEXT, write
+from tests.evaluation_files import ANSWERS, BOOLQ, LAMBADA, LINES, WIKITEXT, WSC, write
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -41,11 +43,70 @@ def test_what_is_missing_is_named(packed, tmp_path):
     assert list(missing) == ["record"] and "ReCoRD/train.jsonl" in missing["record"]
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_line_ends_at_a_line_feed_alone_and_a_mark_is_no_text(packed, tmp_path):
+    """As in test_corpus. These characters are in the text of BoolQ's passages as other programs write them."""
+    passage = "It\u2028is\x85so.\x0b"
+    lines = [json.dumps(BOOLQ | {"passage": passage, "idx": i}, ensure_ascii=False) for i in range(3)]
+    data = ("\ufeff" + "\r\n".join(lines)).encode()
+    folder = write(tmp_path / "data", packed=False)
+    (folder / "superglue/BoolQ/val.jsonl").write_bytes(data)
+    if packed:
+        with tarfile.open(folder / "superglue.tar.xz", "w:xz") as archive:
+            archive.add(folder / "superglue", "superglue")
+    assert [row["passage"] for row in rows(folder, "boolq")["validation"]] == [passage] * 3
+
+
+@pytest.mark.parametrize(
+    ("task", "file", "row", "message"),
+    [
+        ("cb", "CB", {"label": None}, "val.jsonl, line 1: 'label' is null, not a string"),
+        ("cb", "CB", {"label": "yes"}, "line 1: 'label' is 'yes', not one of entailment, contradiction, neutral"),
+        ("boolq", "BoolQ", {"label": 2}, "line 1: 'label' is 2, not one of false, true, 0, 1"),
+        ("boolq", "BoolQ", {"passage": None}, "line 1: 'passage' is null, not a string"),
+        (
+            "multirc",
+            "MultiRC",
+            {"passage": {"text": "x", "questions": [5]}},
+            "a number where an object with",
+        ),
+        ("record", "ReCoRD", {"passage": {"text": "x"}}, "line 1: the key 'entities' is missing; the keys are 'text'"),
+        (
+            "wsc",
+            "WSC",
+            {"target": {**WSC["target"], "span1_index": 99}},
+            "'span1_index' is 99, but the text has 8",
+        ),
+    ],
+)
+def test_a_wrong_row_is_named_by_file_line_and_key(task, file, row, message, tmp_path):
+    folder = write(tmp_path / "data", packed=False)
+    (folder / f"superglue/{file}/val.jsonl").write_text(json.dumps(LINES[file] | row))
+    with pytest.raises(ValueError, match=message):
+        rows(folder, task)
+
+
 def test_damaged_files_are_named(tmp_path):
     folder = write(tmp_path / "data", packed=False)
-    (folder / "superglue/CB/val.jsonl").write_text(json.dumps({"premise": "no label"}))
-    with pytest.raises(ValueError, match="the data of cb cannot be read"):
-        rows(folder, "cb")
-    (folder / "lambada_test.jsonl.xz").write_bytes(b"not xz")
-    with pytest.raises(ValueError, match="the data of lambada_openai cannot be read"):
-        rows(folder, "lambada_openai")
+    val, lambada = folder / "superglue/CB/val.jsonl", folder / "lambada_test.jsonl"
+    for file, data, task, message in (
+        (val, b"", "cb", "val.jsonl is empty"),
+        (val, b"[]", "cb", "val.jsonl, line 1: an array where an object with the key 'premise' is needed"),
+        (val, b"{}", "cb", "val.jsonl, line 1: the key 'premise' is missing; the keys are none"),
+        (val, b"\xff", "cb", "val.jsonl is not UTF-8"),
+        (val, b"{", "cb", "val.jsonl, line 1: broken JSON"),
+        (lambada, b'{"text": null}', "lambada_openai", "line 1: 'text' is null, but each line is scored"),
+        (folder / "lambada_test.jsonl.xz", b"not xz", "lambada_openai", "lambada_test.jsonl.xz is damaged"),
+        (folder / "superglue.tar.xz", lzma.compress(b"not tar"), "cb", "superglue.tar.xz is not a tar archive"),
+    ):
+        file.write_bytes(data)
+        with pytest.raises(ValueError, match=message):
+            rows(folder, task)
+
+
+def test_damage_behind_the_file_that_is_read_is_found(tmp_path):
+    """The checksum of a member of an .xz file is at its end."""
+    archive = write(tmp_path / "data", packed=True) / "superglue.tar.xz"
+    archive.write_bytes(archive.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"superglue.tar.xz is damaged, or not in the .xz format: its end is missing"):
+        rows(tmp_path / "data", "boolq")

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -141,7 +142,7 @@ def test_hugging_face_data_sets_are_streamed(tmp_path, source, small_bounds):
     for part in range(4):
         lines = [json.dumps({"content": text, "id": part}) + "\n" for text in TEXTS[part::4]]
         (folder / f"part{part}.jsonl").write_text("".join(lines))
-    with pytest.raises(ValueError, match=r"no text under 'text'; .*\['content', 'id'\]"):
+    with pytest.raises(ValueError, match=r"row 1: the key 'text' is missing; the keys are 'content', 'id'; "):
         prepare(tmp_path / "out", [f"hf:{folder}"], **OPTIONS)
     counts = prepare(tmp_path / "out", [f"hf:{folder}"], text_key="content", **OPTIONS)
     assert counts == prepare(tmp_path / "again", [f"hf:{folder}"], text_key="content", **OPTIONS)
@@ -149,6 +150,34 @@ def test_hugging_face_data_sets_are_streamed(tmp_path, source, small_bounds):
     seen = documents(tmp_path / "out", "train")[0] + documents(tmp_path / "out", "val")[0]
     assert len(set(seen)) == len(seen) > len(TEXTS) - 6 and set(seen) <= set(TEXTS)
     assert prepare(tmp_path / "few", [f"hf:{folder}"], text_key="content", max_tokens=640, **OPTIONS)["train"] == 20
+
+
+def test_skipped_rows_are_told(tmp_path, source, capsys):
+    source.write_text(source.read_text() + '{"text": null}\n{"text": ""}\n{"text": null}\n')
+    prepare(tmp_path / "out", [source], **OPTIONS)
+    told = capsys.readouterr().err
+    assert f"skipped 2 null documents, first in {source}, line 201\n" in told
+    assert f"skipped 1 empty document, first in {source}, line 202\n" in told
+
+
+def test_a_full_disk_in_the_tokenizer_phase_is_one_error(tmp_path, source):
+    """No file may grow above a limit, which has the effect of a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"out/.partial/tokenizer: the tokenizer cannot be written: "):
+            prepare(tmp_path / "out", [source], **OPTIONS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_manifest_is_named(tmp_path, source):
+    prepare(tmp_path / "out", [source], **OPTIONS)
+    for text in ("", "[]", "{}"):
+        (tmp_path / "out/manifest.json").write_text(text)
+        with pytest.raises(ValueError, match=r"out/manifest.json is not what data has written; give another folder"):
+            prepare(tmp_path / "out", [source], **OPTIONS)
 
 
 def test_vocabulary_is_exact_and_holds_every_byte(tmp_path, source):
@@ -327,7 +356,7 @@ def test_output_inside_the_source_folder_is_not_read_back(tmp_path, source, caps
         ),
         ({"sequence_length": 100_000}, "the train split has .* too few for one sequence of 100000 tokens"),
         ({"val_fraction": 1e-9}, "the val split has 0 bytes of text, too few"),
-        ({"text_key": "body"}, "text.jsonl, line 1: .*'body'"),
+        ({"text_key": "body"}, "text.jsonl, line 1: the key 'body' is missing; the keys are 'text'"),
     ],
 )
 def test_wrong_arguments_are_named_before_anything_is_written(tmp_path, source, options, message):
