@@ -1,17 +1,19 @@
 """Show the initial scale of each matrix of a config's model, without allocating it: `llmfoundry-wesar inspect`."""
 
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+import yaml
 from llmfoundry.models.mpt import MPTConfig, MPTForCausalLM
 from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
-from yaml import YAMLError
 
 from llmfoundry_wesar.hf_model import ComposerWeSaRHFCausalLM, check_hf_keys, role_init
 from llmfoundry_wesar.initialization import (
@@ -82,6 +84,27 @@ class Inspection:
         return "\n".join([*lines, "", f"{self.parameters:,} parameters ({self.parameters / 1e6:,.1f}M)"])
 
 
+def yaml_line(value: Any) -> str:
+    """Write plain data as one line of YAML, for an override.
+
+    It has no `$`, because Composer's launcher replaces `$NAME` in its arguments by environment variables.
+    """
+    line = yaml.safe_dump(value, default_style='"', default_flow_style=True, width=math.inf)  # type: ignore[arg-type]
+    return line.rstrip("\n").replace("$", r"\x24")  # a `$` can only be in a quoted string
+
+
+def _check_comment(override: str) -> None:
+    """Refuse an override of which the trainer would read only a part, such as `variables.data=my #1 folder`."""
+    key, _, value = override.partition("=")
+    node = yaml.compose(value)
+    end = 0 if node is None else node.end_mark.index
+    if left_out := value[end:].strip():
+        raise ValueError(
+            f"{override}: YAML takes {left_out!r} for a comment; quote the value: "
+            f"{shlex.quote(f'{key}={yaml_line(value)}')}"
+        )
+
+
 def load_config(path: str, overrides: list[str] | None = None, check_data: bool = False) -> dict[str, Any]:
     """Read a training YAML as foundry's trainer does, with overrides, interpolations, method and setting.
 
@@ -92,11 +115,12 @@ def load_config(path: str, overrides: list[str] | None = None, check_data: bool 
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file or an override is not YAML, or a top-level key, the method or the setting is not known.
+        ValueError: If the file or an override is not YAML or has a comment, or a top-level key, the method or the
+            setting is not known.
     """
     try:
         loaded = OmegaConf.load(path)
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(loaded, DictConfig):
         raise ValueError(f"{path}: this is not a training YAML, which is a mapping of keys to values.")
@@ -105,13 +129,19 @@ def load_config(path: str, overrides: list[str] | None = None, check_data: bool 
             raise ValueError(f"{text!r} is not an override; write key=value.")
         try:
             loaded = OmegaConf.merge(loaded, OmegaConf.from_cli([text]))
-        except YAMLError as error:
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
             raise ValueError(f"{text}: {error}") from error
+        _check_comment(text)
     for key in loaded:
         if key not in TRAIN_CONFIG_KEYS:
             fix = did_you_mean(str(key), TRAIN_CONFIG_KEYS, "put your own variables under `variables`.")
             raise ValueError(f"{key}: this is not a key of a training config; {fix}")
-    return expand(OmegaConf.to_container(loaded, resolve=True), check_data)  # type: ignore[arg-type]
+    try:
+        config = expand(OmegaConf.to_container(loaded, resolve=True), check_data)  # type: ignore[arg-type]
+        # As in foundry, after the config transforms too: a `\\${` has become a `${` by now.
+        return OmegaConf.to_container(OmegaConf.create(config), resolve=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from llmfoundry.command_utils import train_from_yaml
 from torch import Tensor
 
 from llmfoundry_wesar.data.shards import prepare
+from llmfoundry_wesar.inspection import yaml_line
 from llmfoundry_wesar.methods import names
 from tests.distributed import REPOSITORY
 
@@ -118,7 +119,8 @@ def train_sharded(data: Path, folder: Path) -> dict[str, Trained]:
 
 def merged_saves(folder: Path, precision: str = "float32") -> str:
     """Return the override that adds the callback merged_hf_checkpointer."""
-    return f"callbacks.merged_hf_checkpointer={{save_folder: {folder}, save_interval: 2ba, precision: {precision}}}"
+    keys = {"save_folder": str(folder), "save_interval": "2ba", "precision": precision}
+    return f"callbacks.merged_hf_checkpointer={yaml_line(keys)}"
 
 
 def text_ids(tokenizer: Any) -> Tensor:

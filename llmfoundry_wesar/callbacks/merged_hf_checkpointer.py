@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from composer.core import Event, State
 from composer.loggers import Logger
-from composer.utils import dist, format_name_with_dist_and_time
+from composer.utils import dist, format_name_with_dist_and_time, parse_uri
 from llmfoundry.callbacks.hf_checkpointer import HuggingFaceCheckpointer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -33,16 +33,21 @@ class MergedHuggingFaceCheckpointer(HuggingFaceCheckpointer):
     Otherwise the existing folder is renamed and kept.
 
     Args:
+        save_folder: As for `HuggingFaceCheckpointer`.
         *args: As for `HuggingFaceCheckpointer`.
-        **kwargs: As for `HuggingFaceCheckpointer`, such as `save_folder`, `save_interval` and `precision`.
+        **kwargs: As for `HuggingFaceCheckpointer`, such as `save_interval` and `precision`.
 
     Raises:
         ValueError: At the start of the run, if neither Arcee nor Llama can represent the model, or
             `huggingface_folder_name` is not a folder below `save_folder/huggingface`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, save_folder: str, *args: Any, **kwargs: Any):
+        super().__init__(save_folder, *args, **kwargs)
+        backend, *_ = parse_uri(save_folder)
+        if not backend:
+            # The base class reads a path as a URI, and would leave out what follows a `#` or `?`.
+            self.save_dir_format_str = save_folder
         # The base class rounds W and α to `dtype` when it gathers them. Only their product may be rounded.
         self.merged_dtype, self.dtype = self.dtype, torch.float32
 

@@ -32,9 +32,10 @@ from typing import IO, Any
 
 import torch
 from composer.utils.collect_env import get_cpu_model, get_gpu_model
+from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from llmfoundry_wesar.inspection import inspect_config, load_config
+from llmfoundry_wesar.inspection import inspect_config, load_config, yaml_line
 from llmfoundry_wesar.methods import load
 from llmfoundry_wesar.runs.scalars import read_scalars, replacing
 from llmfoundry_wesar.runs.summary import Row, append_rows, draw_curves, measure, read_rows, write_table
@@ -83,6 +84,21 @@ def _hash(config: Mapping[str, Any]) -> str:
     # The name is part of the hash, so that two methods with equal configs stay two rows of the table.
     text = json.dumps([config["variables"]["method"], kept], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _path(path: Path) -> str:
+    """Write a path as YAML that the trainer reads as this path."""
+    text = str(path)
+    for _ in range(3):  # OmegaConf resolves interpolations before, in and after the config transform `wesar`
+        text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    return yaml_line(text)
+
+
+def _for_launcher(override: str) -> str:
+    """Rewrite an override so that Composer's launcher does not replace a `$NAME` in its value."""
+    key, _, value = override.partition("=")
+    data: Any = OmegaConf.to_container(OmegaConf.from_cli([f"value={value}"]))
+    return f"{key}={yaml_line(data['value'])}" if "$" in value else override
 
 
 def plan(
@@ -156,11 +172,19 @@ def plan(
         if config_hash in runs:
             raise ValueError(f"{' '.join(own)}: the plan has this run twice; name each method, seed and value once")
         short = (re.sub(r"^[^=]*\.", "", text) for text in varied)
-        name = re.sub(r"[^\w.=-]", "_", "-".join([method, *short, f"seed{seed}", config_hash]))
-        where = [f"run_name={name}", f"loggers.tensorboard.log_dir={out / 'tensorboard'}", "log_to_console=true"]
+        # A file name has at most 255 bytes.
+        name = re.sub(r"[^\w.=-]", "_", "-".join([method, *short]), flags=re.ASCII)[:180]
+        name += f"-seed{seed}-{config_hash}"
+        where = [f"run_name={name}", f"loggers.tensorboard.log_dir={_path(out / 'tensorboard')}", "log_to_console=true"]
         where += ["callbacks.speed_monitor.time_unit=seconds", "callbacks.memory_monitor={}"]
         if expanded.get("save_folder"):
-            where += [f"save_folder={out / 'checkpoints' / name}", "save_overwrite=true", "autoresume=true"]
+            if cut := sorted(set(str(out)) & set("#?;{}")):
+                raise ValueError(
+                    f"--out {out}: Composer cannot save checkpoints below a folder with {cut[0]} in its name; choose "
+                    "another name"
+                )
+            where += [f"save_folder={_path(out / 'checkpoints' / name)}", "save_overwrite=true", "autoresume=true"]
+        arguments = own if nproc is None else [_for_launcher(text) for text in own]
         runs[config_hash] = Run(
             name=name,
             method=method,
@@ -172,7 +196,7 @@ def plan(
             parameters=parameters(*common),
             held_out=f"metrics/eval/{label}LanguageCrossEntropy",
             nproc=nproc,
-            command=(*launcher, str(scripts / "llmfoundry"), "train", config, *own, *where),
+            command=(*launcher, str(scripts / "llmfoundry"), "train", config, *arguments, *where),
         )
     return list(runs.values())
 

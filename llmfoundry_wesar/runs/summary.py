@@ -158,7 +158,9 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]], columns: Iterable
 
 def markdown(rows: Iterable[Sequence[str]]) -> str:
     """Format rows of a Markdown table."""
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    # A `|` or a new line would end the cell. It can be in the value of a varied key.
+    cells = ([cell.replace("|", r"\|").replace("\n", " ") for cell in row] for row in rows)
+    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
 
 
 def _mean(values: np.ndarray, form: str) -> str:

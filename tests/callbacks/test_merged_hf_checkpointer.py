@@ -46,10 +46,13 @@ def test_two_fsdp2_processes_save_what_they_trained(case, sharded):
 
 
 def test_it_writes_what_export_does_and_rounds_once(text_data, tmp_path):
-    """The same files as from `export`, except for folder names: merged in float32 and then rounded to bfloat16."""
-    _train(text_data, tmp_path, "wesar", precision="bfloat16")
+    """The same files as from `export`, except for folder names: merged in float32 and then rounded to bfloat16.
+
+    In a URI the folder would end before `#`.
+    """
+    train_case(text_data, tmp_path, merged_saves(tmp_path / "ck #1?;" / "{run_name}", "bfloat16"))
     export(tmp_path, tmp_path / "out", dtype="bfloat16")
-    saved = tmp_path / "huggingface" / "ba4"
+    saved = tmp_path / "ck #1?;" / "tiny" / "huggingface" / "ba4"
     for name in ("README.md", "config.json", "generation_config.json", "tokenizer.json"):
         assert (saved / name).read_text() == (tmp_path / "out" / name).read_text()
     weights = load_file(tmp_path / "out" / "model.safetensors")

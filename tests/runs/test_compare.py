@@ -95,7 +95,7 @@ def test_commands_are_the_stock_ones(tmp_path):
     assert Path(composer).name == "composer" and arguments == ["-n", "2", "-c"]
     # Each run has a checkpoint folder of its own, and a stopped run continues from it.
     assert run.command[-3:] == (
-        f"save_folder={tmp_path}/checkpoints/{run.name}",
+        f'save_folder="{tmp_path}/checkpoints/{run.name}"',
         "save_overwrite=true",
         "autoresume=true",
     )
