@@ -19,13 +19,13 @@ from llmfoundry import registry
 from benchmarks.record import Recorder
 from benchmarks.sizes import load, shape
 from benchmarks.trainer import configure, decoupled, run_trainer, write_data
-from llmfoundry_wesar.callbacks.update_ratio_monitor import UpdateRatioMonitor
+from llmfoundry_wesar.callbacks.update_ratio_monitor import METRICS, UpdateRatioMonitor
 
 DUE, IDLE, NONE = "update_ratio_monitor, due step", "update_ratio_monitor, other step", "none"
 MONITORS = {
     NONE: Callback,
-    DUE: partial(UpdateRatioMonitor, "1ba"),
-    IDLE: partial(UpdateRatioMonitor, "1000000ba"),
+    DUE: partial(UpdateRatioMonitor, "1ba", METRICS),
+    IDLE: partial(UpdateRatioMonitor, "1000000ba", METRICS),
     "optimizer_monitor": partial(OptimizerMonitor, batch_log_interval=1),
 }
 # optimizer_monitor measures more than gradient norms only with Composer's own optimizer.

@@ -1,7 +1,14 @@
-"""Find the role of a matrix from the name of its module. Does not import torch, so that `plot` starts quickly."""
+"""Find the role and the block of a matrix from the path of its module, and group values by role.
 
+Does not import torch, so that `plot` starts quickly.
+"""
+
+import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -56,3 +63,44 @@ def find_role(path: str, roles: Mapping[str, Role] = ROLES) -> Role | None:
     """
     *_, parent, name = ["", *path.split(".")]
     return roles.get(f"{parent}.{name}") or roles.get(name)
+
+
+def role_name(path: str) -> str:
+    """Return the paper's name of the matrix at a module's path; without a role, the last part of the path.
+
+    >>> role_name("model.layers.0.self_attn.q_proj"), role_name("model.layers.0.adapter")
+    ('W_q', 'adapter')
+    """
+    role = find_role(path)
+    return role.name if role else path.rpartition(".")[2]
+
+
+def block_index(path: str) -> int | None:
+    """Return the index of the block at a module's path, from 0, or None if the module is not in a block."""
+    block = re.search(r"\.(?:blocks|layers|h)\.(\d+)\.", path)  # MPT, Llama and most others, GPT-2
+    return int(block[1]) if block else None
+
+
+def rank(role: str) -> tuple[int, str]:
+    """Return a sort key: roles in the order of `BY_NAME`, then other names in alphabetical order."""
+    names = list(BY_NAME)
+    return (names.index(role) if role in names else len(names), role)
+
+
+def by_role(values: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Return the least, median and greatest value of each role, NaN if one of its values is NaN.
+
+    Args:
+        values: Module path → value.
+
+    Returns:
+        Role name → `min`, `median` and `max`, in the order of `rank`.
+    """
+    grouped: dict[str, list[float]] = defaultdict(list)
+    for path, value in values.items():
+        grouped[role_name(path)].append(value)
+    statistics = {"min": np.min, "median": np.median, "max": np.max}
+    return {
+        role: {name: float(statistic(grouped[role])) for name, statistic in statistics.items()}
+        for role in sorted(grouped, key=rank)
+    }

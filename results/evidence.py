@@ -21,6 +21,7 @@ from llmfoundry_wesar.runs.summary import Row, append_rows, read_rows
 
 FOLDER = Path(__file__).parent
 KEPT = ("loss/train/loss", "metrics/eval/", "update_ratio/", "weight_norm/", "grad_norm/", "gate/")
+_METRICS = "callbacks.update_ratio_monitor.metrics=[update_ratio,weight_norm,grad_norm]"
 DIGITS = 5
 SEEDS = tuple(range(11, 16))
 # The two methods that most claims compare, and the seeds of their runs at LEARNING_RATE.
@@ -44,6 +45,7 @@ SIZES = {
             "eval_loader.dataset.local=data/english-val",
             "eval_loader.dataset.split=train",
             "save_folder=checkpoints",
+            _METRICS,
         ),
         (2e6, 3e6),
     ),
@@ -56,6 +58,7 @@ SIZES = {
             "eval_interval=1dur",
             "model.init_device=cpu",
             "save_folder=checkpoints",
+            _METRICS,
         ),
         (1.3e8, 1.4e8),
     ),

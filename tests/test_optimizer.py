@@ -138,7 +138,7 @@ def test_fifteen_steps_of_the_trainer_are_the_gated_models():
     """
     gated, plain = pair()
     adamw, wesar = optimizers(gated, plain)
-    monitors = [GateMonitor("1ba"), UpdateRatioMonitor("1ba")]
+    monitors = [GateMonitor("1ba"), UpdateRatioMonitor("1ba", METRICS)]
     schedule = LinearWithWarmupScheduler("4ba")
     clipping = GradientClipping("norm", MAX_NORM)
     ours = train(plain, wesar, OptimizerGates(), *copy.deepcopy(monitors), schedulers=schedule)

@@ -31,6 +31,7 @@ TINY = [
     "scheduler.t_warmup=0ba",  # with a warm-up Composer's first two steps have a learning rate of 0
     "optimizer.lr=5e-3",
     "callbacks.update_ratio_monitor.interval=1ba",
+    "callbacks.update_ratio_monitor.metrics=[update_ratio,virtual_update_ratio,weight_norm,grad_norm]",
     "callbacks.gate_monitor.interval=1ba",
     "loggers.inmemory={}",
     "log_to_console=false",
@@ -45,11 +46,11 @@ def train(data: Path, log_dir: Path, *overrides: str) -> dict[str, list[tuple[in
     trainer = train_from_yaml(str(REPOSITORY / "yamls/quickstart.yaml"), [*TINY, *paths, *overrides])
     [logger] = [d for d in trainer.logger.destinations if isinstance(d, InMemoryLogger)]
     trainer.close()
-    families = ("loss/train", "gate/", "update_ratio/", "virtual_update_ratio/", "grad_norm/", "weight_norm/", HELD_OUT)
+    families = ("loss/train", "role_", "gate/", "update_ratio/", "virtual_update_ratio/", "grad_norm/", "weight_norm/")
     return {
         key: [(time.batch.value, float(value)) for time, value in pairs]
         for key, pairs in logger.data.items()
-        if key.startswith(families)
+        if key.startswith((*families, HELD_OUT))
     }
 
 

@@ -8,12 +8,12 @@ from composer.core import State, Time
 from composer.loggers import Logger
 from composer.utils import ensure_tuple
 
-from llmfoundry_wesar.callbacks.interval import IntervalCallback
 from llmfoundry_wesar.callbacks.measurement import METRICS, StepMeasurement, trainable_matrices
+from llmfoundry_wesar.callbacks.role_monitor import RoleMonitor
 from llmfoundry_wesar.sharded import sum_over_ranks
 
 
-class UpdateRatioMonitor(IntervalCallback):
+class UpdateRatioMonitor(RoleMonitor):
     """Log how much an optimizer step changes each matrix, relative to the matrix.
 
     It measures every trainable parameter of two or more dimensions, in any model. W is the parameter before the real
@@ -21,23 +21,31 @@ class UpdateRatioMonitor(IntervalCallback):
     (αW if there is a gate), and ‖·‖ the Euclidean norm of all elements. If `WeSaRAdamW` keeps the gate, the parameter
     is V, and W = V/α.
 
-    +---------------------------------+------------------------------------------------------------------+
-    | Key                             | Logged data                                                      |
-    +=================================+==================================================================+
-    | ``update_ratio/MODULE``         | ‖W' - W‖ / ‖W‖; 0 if W' = W, inf if W was 0 and changed          |
-    +---------------------------------+------------------------------------------------------------------+
-    | ``virtual_update_ratio/MODULE`` | ‖V' - V‖ / ‖V‖; 0 if V' = V, inf if V was 0 and changed          |
-    +---------------------------------+------------------------------------------------------------------+
-    | ``weight_norm/MODULE``          | ‖W‖                                                              |
-    +---------------------------------+------------------------------------------------------------------+
-    | ``virtual_weight_norm/MODULE``  | ‖V‖                                                              |
-    +---------------------------------+------------------------------------------------------------------+
-    | ``grad_norm/MODULE``            | ‖∂L/∂W‖ after clipping; 0 if there is no gradient                |
-    +---------------------------------+------------------------------------------------------------------+
+    +-----------------------------------+-----------------------------------------------------------------+
+    | Key                               | Logged data                                                     |
+    +===================================+=================================================================+
+    | ``update_ratio/MODULE``           | ‖W' - W‖ / ‖W‖; 0 if W' = W, inf if W was 0 and changed         |
+    +-----------------------------------+-----------------------------------------------------------------+
+    | ``virtual_update_ratio/MODULE``   | ‖V' - V‖ / ‖V‖; 0 if V' = V, inf if V was 0 and changed         |
+    +-----------------------------------+-----------------------------------------------------------------+
+    | ``weight_norm/MODULE``            | ‖W‖                                                             |
+    +-----------------------------------+-----------------------------------------------------------------+
+    | ``virtual_weight_norm/MODULE``    | ‖V‖                                                             |
+    +-----------------------------------+-----------------------------------------------------------------+
+    | ``grad_norm/MODULE``              | ‖∂L/∂W‖ after clipping; 0 if there is no gradient               |
+    +-----------------------------------+-----------------------------------------------------------------+
+    | ``role_update_ratio/ROLE/min``    | the least update ratio of the matrices of a role, in all blocks |
+    +-----------------------------------+-----------------------------------------------------------------+
+    | ``role_update_ratio/ROLE/median`` | the median of these update ratios                               |
+    +-----------------------------------+-----------------------------------------------------------------+
+    | ``role_update_ratio/ROLE/max``    | the greatest of these update ratios                             |
+    +-----------------------------------+-----------------------------------------------------------------+
 
     MODULE is the plain module path, such as ``model.transformer.blocks.11.ffn.down_proj``. It is the same under DDP and
-    FSDP. If the parameter is not called ``weight``, its name is added. Layers that are not reparameterised have no
-    virtual metrics. A value is logged at the number of steps done, so the first is at 1.
+    FSDP. If the parameter is not called ``weight``, its name is added. ROLE is the paper's name of the matrix, such as
+    ``W_d``, also in the decoders of transformers (`roles.ROLES`), or the last part of the path of a module without one.
+    Layers that are not reparameterised have no virtual metrics. A value is logged at the number of steps done, so the
+    first is at 1.
 
     A due step costs one all-reduce, one transfer to the host and, for the update ratios, a copy of this rank's part of
     the matrices during the optimizer step. If a layer's virtual weight is not αW with a single α, its virtual metrics
@@ -45,26 +53,37 @@ class UpdateRatioMonitor(IntervalCallback):
 
     Args:
         interval: A Composer time string: with "10ba" the steps 0, 10, 20, … are due.
-        metrics: The metrics of the table to log.
+        metrics: Which of the five quantities of a matrix to measure. The roles need ``update_ratio``.
         include: A regular expression. Only modules whose path contains a match are measured.
         exclude: A regular expression. Modules whose path contains a match are not measured.
+        by_role: Whether to log the last three rows of the table.
+        by_matrix: Whether to log the other rows.
 
     Raises:
         ValueError: If an argument is invalid; at the start of training, if an expression matches no matrix or no matrix
             is left.
     """
 
+    name, quantity = "update_ratio_monitor", "update_ratio"
+
     def __init__(
         self,
         interval: str | Time = "10ba",
-        metrics: str | Sequence[str] = METRICS,
+        metrics: str | Sequence[str] = "update_ratio",
         include: str | None = None,
         exclude: str | None = None,
+        by_role: bool = True,
+        by_matrix: bool = True,
     ):
-        super().__init__(interval)
+        super().__init__(interval, by_role, by_matrix)
         self.metrics = ensure_tuple(metrics)
         if not self.metrics or not set(self.metrics) <= set(METRICS):
             raise ValueError(f"metrics: {list(self.metrics)} is not a list of one or more of {', '.join(METRICS)}.")
+        if not by_matrix and self.metrics != ("update_ratio",):
+            raise ValueError(
+                f"callbacks.update_ratio_monitor.metrics: {list(self.metrics)} needs by_matrix: true, because roles "
+                "have only their update_ratio; set that, or metrics: update_ratio."
+            )
         self.include = _compile("include", include)
         self.exclude = _compile("exclude", exclude)
         self._measurement: StepMeasurement | None = None
@@ -88,11 +107,14 @@ class UpdateRatioMonitor(IntervalCallback):
     @torch.no_grad()
     def batch_end(self, state: State, logger: Logger) -> None:
         """Measure and log the step."""
-        if self._measurement is not None:
-            self._measurement.finish()
-            sums = sum_over_ranks(self._measurement.addends, state.device)
-            logger.log_metrics(self._measurement.metrics(sums))
-            self._measurement = None
+        if self._measurement is None:
+            return
+        self._measurement.finish()
+        metrics = self._measurement.metrics(sum_over_ranks(self._measurement.addends, state.device))
+        self._measurement = None
+        parts = (key.partition("/") for key in metrics)
+        ratios = {module: metrics[f"update_ratio/{module}"] for metric, _, module in parts if metric == "update_ratio"}
+        logger.log_metrics((metrics if self.by_matrix else {}) | self.role_metrics(ratios))
 
     def _selects(self, name: str) -> bool:
         included = self.include is None or self.include.search(name) is not None

@@ -17,14 +17,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatter
 
-from llmfoundry_wesar.roles import BY_NAME
+from llmfoundry_wesar.roles import BY_NAME, rank
 from llmfoundry_wesar.runs.scalars import (
     Curve,
     Scalars,
     find_curves,
     load_runs,
     median_update_ratio_quotient,
-    rank,
     replacing,
     write_csv,
 )
@@ -58,11 +57,11 @@ _QUANTITIES = {
 }
 
 _HOW_TO_LOG = {
-    "loss": "with loggers.tensorboard in the YAML",
-    "update_ratio": "with callbacks.update_ratio_monitor in the YAML",
-    "weight_norm": "with weight_norm in callbacks.update_ratio_monitor.metrics in the YAML",
-    "grad_norm": "with grad_norm in callbacks.update_ratio_monitor.metrics in the YAML",
-    "gate": "a model with gates, with callbacks.gate_monitor in the YAML",
+    "loss": "with `loggers: {tensorboard: {log_dir: runs}}` in the YAML",
+    "update_ratio": "with `callbacks: {update_ratio_monitor: {by_matrix: true}}` in the YAML",
+    "weight_norm": "with `callbacks: {update_ratio_monitor: {metrics: [update_ratio, weight_norm]}}` in the YAML",
+    "grad_norm": "with `callbacks: {update_ratio_monitor: {metrics: [update_ratio, grad_norm]}}` in the YAML",
+    "gate": "a model with gates, with `callbacks: {gate_monitor: {by_matrix: true}}` in the YAML",
 }
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish; grey replaces their yellow.

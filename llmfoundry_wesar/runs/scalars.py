@@ -4,7 +4,6 @@ import csv
 import lzma
 import math
 import os
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import IO, NamedTuple
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
-from llmfoundry_wesar.roles import BY_NAME, find_role
+from llmfoundry_wesar.roles import block_index, rank, role_name
 
 Scalars = dict[str, tuple[np.ndarray, np.ndarray]]
 """Metric key → (steps, values). Steps are int64 and increasing; values are float32, as in TensorBoard."""
@@ -154,12 +153,6 @@ def load_runs(paths: Sequence[str | Path], labels: Sequence[str] = ()) -> dict[s
     return {name: scalars for name, (_, scalars) in zip(names, found, strict=True)}
 
 
-def rank(role: str) -> tuple[int, str]:
-    """Return a sort key: roles in the order of `BY_NAME`, then other names in alphabetical order."""
-    names = list(BY_NAME)
-    return (names.index(role) if role in names else len(names), role)
-
-
 def find_curves(run: str, scalars: Scalars, prefix: str) -> list[Curve]:
     """Return the curves of all metrics `<prefix>/<module>`, sorted by role, then block. For `loss`, at most one."""
     if prefix == "loss":
@@ -170,11 +163,8 @@ def find_curves(run: str, scalars: Scalars, prefix: str) -> list[Curve]:
         # A vector gate is logged as gate/<module>/mean, /min and /max.
         first, module, statistic = [*metric.split("/"), "", ""][:3]
         if first == prefix and statistic in ("", "mean"):
-            role = find_role(module)
-            name = role.name if role else module.rpartition(".")[2]
-            block = re.search(r"\.(?:blocks|layers|h)\.(\d+)\.", module)  # MPT, Llama and most others, GPT-2
             family = prefix.removeprefix("virtual_")
-            curves.append(Curve(run, metric, family, name, int(block[1]) if block else None))
+            curves.append(Curve(run, metric, family, role_name(module), block_index(module)))
     return sorted(curves, key=lambda curve: (rank(curve.role), curve.block or 0))
 
 

@@ -45,7 +45,7 @@ def _monitored(spread: str, net: type[Net] = Net) -> tuple[dict[str, dict[int, f
         # Composer's own FSDP1 needs CUDA, torch's does not.
         policy = ModuleWrapPolicy({Block})
         model.net = FSDP1(model.net, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
-    watched = {"updates": Watched(UpdateRatioMonitor("1ba")), "gates": Watched(GateMonitor("1ba"))}
+    watched = {"updates": Watched(UpdateRatioMonitor("1ba", METRICS)), "gates": Watched(GateMonitor("1ba"))}
     callbacks: list[Callback] = [*watched.values()]
     if net is Net:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
@@ -54,7 +54,7 @@ def _monitored(spread: str, net: type[Net] = Net) -> tuple[dict[str, dict[int, f
         callbacks.append(OptimizerGates())
     steps = watch_steps(optimizer)
     logged = train(model, optimizer, callbacks, parallelism_config=None if fsdp is None else {"fsdp": fsdp})
-    metrics = {key: values for key, values in logged.items() if "/net." in key or key == "loss/train/total"}
+    metrics = {key: values for key, values in logged.items() if "/net." in key or key.startswith(("role_", "loss/"))}
     found = {
         "step": collectives(steps[1]),
         "waits": Counter(set(steps[1]) & {"aten::_local_scalar_dense", "aten::nonzero"}),
@@ -89,14 +89,22 @@ def one_process() -> dict[str, dict[str, dict[int, float]]]:
     return {net.__name__: _monitored("none", net)[0] for net in NETS}
 
 
+def _of_roles(quantity: str, matrices: set[str]) -> set[str]:
+    """Return the keys of the roles, which are the last parts of the matrices' names."""
+    roles = {name.rpartition(".")[2] for name in matrices}
+    return {f"role_{quantity}/{role}/{statistic}" for role in roles for statistic in ("min", "median", "max")}
+
+
 def test_names_are_plain_module_paths(one_process: dict[str, dict]) -> None:
     gated = SCALAR_GATED | VECTOR_GATED
     expected = {f"{metric}/{name}" for metric in ("update_ratio", "weight_norm", "grad_norm") for name in MATRICES}
     expected |= {f"{metric}/{name}" for metric in ("virtual_update_ratio", "virtual_weight_norm") for name in gated}
     expected |= {f"gate/{name}" for name in SCALAR_GATED}
     expected |= {f"gate/{name}/{statistic}" for name in VECTOR_GATED for statistic in ("mean", "min", "max")}
+    expected |= _of_roles("update_ratio", MATRICES) | _of_roles("gate", gated)
     assert set(one_process["Net"]) == expected | {"loss/train/total"}
     expected = {f"{metric}/{name}" for metric in (*METRICS, "gate") for name in MATRICES}
+    expected |= _of_roles("update_ratio", MATRICES) | _of_roles("gate", MATRICES)
     assert set(one_process["PlainNet"]) == expected | {"loss/train/total"}
 
 

@@ -61,8 +61,8 @@ class Copies(Callback):
 
 
 def monitored(model: Any, optimizer: Optimizer, *callbacks: Callback, **trainer: Any) -> dict[str, dict[int, float]]:
-    """Return what the monitor logs if it measures every step."""
-    logged = train(model, optimizer, [UpdateRatioMonitor("1ba"), *callbacks], **trainer)
+    """Return what the monitor logs of the matrices if it measures everything in every step."""
+    logged = train(model, optimizer, [UpdateRatioMonitor("1ba", METRICS), *callbacks], **trainer)
     return {key: values for key, values in logged.items() if key.split("/")[0] in METRICS}
 
 
@@ -229,7 +229,7 @@ def test_zeros_nan_frozen_unused_and_sparse() -> None:
 
 def test_nothing_happens_on_other_steps() -> None:
     model = regression()
-    watched = Watched(UpdateRatioMonitor("3ba"))
+    watched = Watched(UpdateRatioMonitor("3ba", METRICS))
     train(model, _sgd(model), [watched])
     operations = {event: operations for event, operations in watched.operations.items() if operations}
     assert set(operations) == {("after_train_batch", 0), ("batch_end", 1), ("after_train_batch", 3), ("batch_end", 4)}

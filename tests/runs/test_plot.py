@@ -237,7 +237,7 @@ def test_a_run_without_any_number_has_no_name_in_the_picture(tmp_path: Path):
         ({"figure": "12"}, r"unknown figure '12'; the figures are: 1 .*; 9 \(.*10 to 12\); gates \(all gates\)"),
         (
             {"figure": "gates"},
-            "run 'small_init' has no gate metrics, which figure gates shows: .*callbacks.gate_monitor",
+            "run 'small_init' has no gate metrics, which figure gates shows: .*callbacks: {gate_monitor: {by_matrix",
         ),
         ({"figure": "9", "layer": 3}, "run 'small_init' has no update_ratio metrics of block 3: .* blocks are 0, 1, 2"),
         ({"figure": "1", "layer": -1}, "no update_ratio metrics of block -1: --layer counts from 0"),
@@ -255,13 +255,13 @@ def test_a_run_without_the_metrics_is_told_what_logs_them(runs: dict[str, Scalar
     def without(part: str) -> dict[str, Scalars]:
         return {"run": {metric: series for metric, series in runs["wesar"].items() if part not in metric}}
 
-    monitor = "callbacks.update_ratio_monitor"
+    monitor = "`callbacks: {update_ratio_monitor: {"
     for figure, part, message in (
-        ("1", "update_ratio", f"no update_ratio metrics of W_d and W_u, .* {monitor} in the YAML"),
-        ("1", "down_proj", f"no update_ratio metrics of W_d, .* {monitor} in the YAML"),
-        ("2", "loss/", "no loss metrics, .* loggers.tensorboard"),
-        ("3", "weight_norm", f"no weight_norm metrics of W_d and W_u, .* weight_norm in {monitor}.metrics"),
-        ("8", "grad_norm", f"no grad_norm metrics, .* grad_norm in {monitor}.metrics"),
+        ("1", "update_ratio", f"no update_ratio metrics of W_d and W_u, .* {monitor}by_matrix: true}}}}` in the YAML"),
+        ("1", "down_proj", f"no update_ratio metrics of W_d, .* {monitor}by_matrix: true}}}}` in the YAML"),
+        ("2", "loss/", "no loss metrics, .* `loggers: {tensorboard: "),
+        ("3", "weight_norm", f"no weight_norm metrics of W_d and W_u, .* {monitor}metrics: .update_ratio, weight_norm"),
+        ("8", "grad_norm", f"no grad_norm metrics, .* {monitor}metrics: .update_ratio, grad_norm"),
     ):
         with pytest.raises(ValueError, match=f"run 'run' has {message}"):
             draw(figure, without(part))
