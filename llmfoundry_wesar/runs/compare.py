@@ -43,6 +43,11 @@ from llmfoundry_wesar.runs.summary import Row, append_rows, draw_curves, measure
 # Config keys that do not change the result and so are not hashed. `variables` act through the keys that refer to them.
 _NO_EFFECT = {"autoresume", "console_log_interval", "flatten_metadata", "log_config", "log_to_console", "loggers"}
 _NO_EFFECT |= {"metadata", "progress_bar", "python_log_level", "run_name", "variables"}
+# Callback → its keys that only choose what is logged. They are not hashed either.
+_LOGGED = {
+    "update_ratio_monitor": {"metrics", "by_role", "by_matrix", "picture_interval"},
+    "gate_monitor": {"by_role", "by_matrix"},
+}
 _OURS = ("variables.method", "seed", "train_loader.dataset.shuffle_seed", "run_name", "loggers.tensorboard.log_dir")
 _BAR = "{desc}{percentage:3.0f}%|{bar}| {n:.2f}/{total} runs [{elapsed}<{remaining}]"
 _STOP_SECONDS = 30
@@ -81,6 +86,9 @@ class Run:
 
 def _hash(config: Mapping[str, Any]) -> str:
     kept = {key: value for key, value in config.items() if key not in _NO_EFFECT and not key.startswith("save_")}
+    for name in _LOGGED.keys() & (kept.get("callbacks") or {}).keys():
+        options = {key: value for key, value in (kept["callbacks"][name] or {}).items() if key not in _LOGGED[name]}
+        kept["callbacks"] = {**kept["callbacks"], name: options}
     # The name is part of the hash, so that two methods with equal configs stay two rows of the table.
     text = json.dumps([config["variables"]["method"], kept], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
