@@ -8,6 +8,7 @@ import datetime
 import io
 import pickle
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -149,6 +150,27 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(config, weights, tokenizer, _progress(state["state"]))
 
 
+def read_timestamp(path: str | Path) -> dict[str, int]:
+    """Read how far a run was trained, without the weights of a sharded checkpoint.
+
+    Args:
+        path: As for `find_checkpoint`.
+
+    Returns:
+        Unit (epoch, batch, sample, token, …) → count.
+
+    Raises:
+        FileNotFoundError: As in `read_checkpoint`.
+        ValueError: As in `read_checkpoint`.
+    """
+    path = find_checkpoint(path)
+    state = _read_sharded(path, [("state", "timestamp")]) if path.is_dir() else _read_whole(path)
+    try:
+        return state["state"]["timestamp"]["Timestamp"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a Composer checkpoint; it must have `state.timestamp` ({error!r}).") from error
+
+
 def _progress(state: dict[str, Any]) -> Progress:
     time = (state.get("timestamp") or {}).get("Timestamp", {})
     metrics = {
@@ -225,12 +247,12 @@ class _Planner(DefaultLoadPlanner):
         self.original_state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
 
 
-def _read_sharded(path: Path) -> Any:
+def _read_sharded(path: Path, keys: Collection[tuple[str, ...]] = _SHARDED_KEYS) -> Any:
     reader = _Reader(path)
     try:
         known = reader.read_metadata()
         # Do not read the optimizer states: they are two thirds of a checkpoint.
-        paths = {name: keys for name, keys in (known.planner_data or {}).items() if keys[:2] in _SHARDED_KEYS}
+        paths = {name: place for name, place in (known.planner_data or {}).items() if place[:2] in keys}
         entries = {name: known.state_dict_metadata[name] for name in paths}
         values = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)

@@ -23,7 +23,7 @@ import sysconfig
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from llmfoundry_wesar.inspection import inspect_config, load_config, yaml_line
 from llmfoundry_wesar.methods import load
+from llmfoundry_wesar.runs.leftovers import discard_end, is_complete
 from llmfoundry_wesar.runs.scalars import read_scalars, replacing
 from llmfoundry_wesar.runs.summary import Row, append_rows, draw_curves, measure, read_rows, write_table
 
@@ -310,16 +311,26 @@ def _train(run: Run, log: Path, lock: IO[str], bar: tqdm) -> tuple[int, float]:
 
 
 def _do(run: Run, out: Path, lock: IO[str], bar: tqdm) -> str:
-    """Train one run and append its row to `runs.csv`. Return the message for the user."""
-    if _hash(load_config(run.config, list(run.overrides))) != run.config_hash:
+    """Train one run, if it is not complete, and append its row to `runs.csv`. Return the message for the user."""
+    config = load_config(run.config, list(run.overrides))
+    if _hash(config) != run.config_hash:
         raise ValueError(f"{run.config}: the YAML or its method changed while the series ran; start compare again")
     log, scalars = out / "logs" / f"{run.name}.txt", out / "tensorboard" / run.name
-    if "autoresume=true" not in run.command:
-        shutil.rmtree(scalars, ignore_errors=True)
     row: dict[str, Any] = {
         key: getattr(run, key) for key in ("method", "variation", "seed", "config_hash", "parameters")
     }
-    row |= {"run": run.name, "status": "failed", **_conditions(run.nproc)}
+    row["run"] = run.name
+    with suppress(FileNotFoundError, ValueError):  # there is no log yet, or not all of it
+        logged = read_scalars(scalars)
+        if is_complete(logged, run.held_out, config["max_duration"]):
+            row |= measure(logged, run.held_out) | {"status": "finished"}
+            append_rows(out / "runs.csv", [row])
+            return f"finished after an earlier compare was killed, held-out loss {row['held_out_loss']:.3f}"
+    if "autoresume=true" in run.command:
+        discard_end(out / "checkpoints" / run.name, config["max_duration"])
+    else:
+        shutil.rmtree(scalars, ignore_errors=True)
+    row |= {"status": "failed", **_conditions(run.nproc)}
     start = time.monotonic()
     code, row["peak_memory_gb"] = _train(run, log, lock, bar)
     row["wall_seconds"] = time.monotonic() - start
@@ -342,7 +353,8 @@ def run_series(runs: Sequence[Run], out: str | Path) -> list[Row]:
 
     A run that fails gets a row and is tried again at the next call. A run that is killed gets no row. Both are
     reported, and the series goes on. A run starts from its last checkpoint if the config saves any, else from the
-    beginning. SIGTERM and ctrl-C stop the current run and end the series.
+    beginning. A trainer that ended after `compare` was killed is not started again: its log gives the row, without what
+    only `compare` knows, such as the commit. SIGTERM and ctrl-C stop the current run and end the series.
 
     Args:
         runs: From `plan`.

@@ -17,7 +17,7 @@ from llmfoundry_wesar.runs.plot import FINAL_BATCHES, draw
 from llmfoundry_wesar.runs.scalars import Scalars, find_curves, read_scalars, replacing
 
 Row = dict[str, str]
-"""A row of `runs.csv`: column → text, empty if a failed run has no value."""
+"""A row of `runs.csv`: column → text, empty if the value is not known."""
 
 COLUMNS = {
     "run": "name of the log and of the TensorBoard folder",
@@ -183,7 +183,7 @@ def table(rows: Sequence[Row]) -> str:
     for key in dict.fromkeys((row["method"], row["variation"]) for row in rows):
         finished = [row for row in rows if (row["method"], row["variation"]) == key and row["status"] == "finished"]
         groups[key] = {
-            column: np.array([float(row[column]) for row in finished])
+            column: np.array([float(row[column]) for row in finished if row[column]])
             for column in (*columns, "tokens_per_second", "parameters")
         }
     means = {column: [group[column].mean() for group in groups.values() if len(group[column])] for column in _BOLD}

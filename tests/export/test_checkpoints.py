@@ -12,8 +12,9 @@ from composer.core import Time, Timestamp
 from llmfoundry.callbacks.curriculum_learning_callback import CurriculumLearningState
 from llmfoundry.callbacks.dataset_swap_callback import DatasetSwapStateDict
 
-from llmfoundry_wesar.export.checkpoints import Progress, find_checkpoint, read_checkpoint
+from llmfoundry_wesar.export.checkpoints import Progress, find_checkpoint, read_checkpoint, read_timestamp
 from llmfoundry_wesar.export.files import load
+from llmfoundry_wesar.runs.leftovers import discard_end
 from tests.trained import LENGTH, SHARDED, VOCABULARY, assert_same_logits, logits
 
 
@@ -72,6 +73,15 @@ def test_a_folder_means_its_latest_checkpoint(trained, sharded, tmp_path):
     (tmp_path / "latest-sharded-rank0").symlink_to(folder / "ep0-ba4")
     with pytest.raises(ValueError, match=rf"links to two latest checkpoints, .*a\.pt and {folder}/ep0-ba4; name one"):
         find_checkpoint(tmp_path)
+
+
+def test_the_end_of_a_sharded_run_can_be_discarded(sharded, tmp_path):
+    """`latest` then means the checkpoint before. `tests/runs/test_compare.py` continues from a whole one."""
+    folder = shutil.copytree(sharded["wesar"].folder, tmp_path / "run", symlinks=True)
+    for _ in range(2):
+        assert read_timestamp(folder)["token"] in (4 * 8 * LENGTH, 2 * 8 * LENGTH)
+        discard_end(folder, f"{4 * 8 * LENGTH}tok")
+        assert find_checkpoint(folder).name == "ep0-ba2" and not (folder / "ep0-ba4").exists()
 
 
 class _Code:

@@ -4,6 +4,7 @@ import csv
 import fcntl
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from streaming import MDSWriter
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -21,8 +23,11 @@ from typer.testing import CliRunner
 
 from llmfoundry_wesar.cli import app
 from llmfoundry_wesar.runs.compare import plan, results, run_series
+from llmfoundry_wesar.runs.leftovers import discard_end
 from llmfoundry_wesar.runs.scalars import read_scalars
 from llmfoundry_wesar.runs.summary import COLUMNS, read_rows, table
+from tests.logged_runs import record
+from tests.trained import train
 
 CONFIG = str(Path(__file__).parents[2] / "yamls/quickstart.yaml")
 LENGTH, VOCABULARY, BATCH, BATCHES = 16, 64, 8, 4
@@ -281,3 +286,43 @@ def test_a_run_that_was_killed_while_it_saved_is_resumed(tmp_path, data):
     half.write_bytes(b"PK")
     (row,) = run_series([run], tmp_path / "out")
     assert row["status"] == "finished" and half.stat().st_size > 2
+
+
+def test_a_run_that_ended_after_compare_was_killed_is_not_trained_again(tmp_path, data, capsys):
+    """Its log has the held-out loss of the last step. Without that loss the trainer is started, which ends at once."""
+    (run,) = make(tmp_path / "out", overrides=[f"variables.data={data}"])
+    run = replace(run, command=(sys.executable, "-c", "raise SystemExit(3)"))
+    steps = {
+        step: {"loss/train/total": 5.0 - step, "time/batch": step, "time/token": 128.0 * step, "time/train": step}
+        for step in range(BATCHES + 1)
+    }
+    del steps[BATCHES]["loss/train/total"]
+    record(tmp_path / "log", run.name, steps)
+    (tmp_path / "out/tensorboard").mkdir(parents=True)
+    (tmp_path / "out/runs.csv").write_text(",".join(COLUMNS) + "\n")
+    shutil.copytree(tmp_path / "log" / run.name, tmp_path / "out/tensorboard" / run.name)
+    (failed,) = run_series([run], tmp_path / "out")
+    assert failed["status"] == "failed" and "failed (exit code 3)" in capsys.readouterr().out
+    record(tmp_path / "log", run.name, {BATCHES: {run.held_out: 2.5}})
+    shutil.copytree(tmp_path / "log" / run.name, tmp_path / "out/tensorboard" / run.name)
+    (row,) = run_series([run], tmp_path / "out")
+    assert row["status"] == "finished" and float(row["held_out_loss"]) == 2.5 and float(row["final_loss"]) == 3.5
+    assert "finished after an earlier compare was killed, held-out loss 2.500" in capsys.readouterr().out
+    assert row["commit"] == row["peak_memory_gb"] == ""
+    assert "| **2.500** |" in (tmp_path / "out/table.md").read_text()
+
+
+def test_a_run_that_was_killed_between_its_last_checkpoint_and_its_evaluation_goes_on(text_data, tmp_path):
+    """Composer refuses to continue from that checkpoint. From the one before, the run ends with the same weights."""
+    saves = [f"save_folder={tmp_path}", "save_interval=2ba", "save_overwrite=true", "autoresume=true"]
+    whole = train(text_data, *saves).state.model.state_dict()
+    with pytest.raises(ValueError, match="less than or equal to the elapsed training duration"):
+        train(text_data, *saves)
+    discard_end(tmp_path, "4ba")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ep0-ba2-rank0.pt", "latest-rank0.pt"]
+    discard_end(tmp_path, "4ba")  # the run is not at its end now
+    resumed = train(text_data, *saves).state.model.state_dict()
+    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
+    (tmp_path / "ep0-ba2-rank0.pt").unlink()
+    discard_end(tmp_path, "4ba")
+    assert not list(tmp_path.iterdir())
