@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cbook import is_math_text
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.mathtext import MathTextParser
 from matplotlib.ticker import LogFormatter
 
 from llmfoundry_wesar.roles import BY_NAME, rank
@@ -94,6 +96,18 @@ def _in_block(curves: list[Curve], layer: int | None) -> list[Curve]:
     return [curve for curve in curves if curve.block in (blocks[-1:] if layer is None else [layer])]
 
 
+def _check_options(figure: str, layer: int | None = None, smooth: int = 1, x: str = "step") -> None:
+    if figure not in FIGURES:
+        known = "; ".join(f"{name} ({spec.shows})" for name, spec in FIGURES.items())
+        raise ValueError(f"unknown figure {figure!r}; the figures are: {known}")
+    if layer is not None and FIGURES[figure].families == ("loss",):
+        raise ValueError(f"figure {figure} shows only the loss: leave out --layer")
+    if smooth < 1:
+        raise ValueError(f"--smooth {smooth}: must be at least 1")
+    if x not in ("step", "tokens"):
+        raise ValueError(f"--x {x}: must be step or tokens")
+
+
 def select(figure: str, runs: Mapping[str, Scalars], layer: int | None = None) -> list[Curve]:
     """Select the curves of a figure.
 
@@ -108,12 +122,8 @@ def select(figure: str, runs: Mapping[str, Scalars], layer: int | None = None) -
     Raises:
         ValueError: The figure is unknown, or a run has not logged metrics or a block that the figure needs.
     """
-    if figure not in FIGURES:
-        known = "; ".join(f"{name} ({spec.shows})" for name, spec in FIGURES.items())
-        raise ValueError(f"unknown figure {figure!r}; the figures are: {known}")
+    _check_options(figure, layer)
     spec = FIGURES[figure]
-    if layer is not None and spec.families == ("loss",):
-        raise ValueError(f"figure {figure} shows only the loss: leave out --layer")
     curves = []
     for run, scalars in runs.items():
         for family in spec.families + spec.also:
@@ -134,8 +144,6 @@ def select(figure: str, runs: Mapping[str, Scalars], layer: int | None = None) -
 def _x_values(run: str, scalars: Scalars, steps: np.ndarray, x: str) -> np.ndarray:
     if x == "step":
         return steps
-    if x != "tokens":
-        raise ValueError(f"--x {x}: must be step or tokens")
     if "time/token" not in scalars:
         raise ValueError(f"run {run!r} has no time/token metric: its data loader does not count tokens; use --x step")
     return np.interp(steps, *scalars["time/token"])
@@ -149,8 +157,22 @@ def _moving_average(values: np.ndarray, points: int) -> np.ndarray:
     return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0.5)
 
 
-def _symbol(role: str) -> str:
-    return f"$W_{{{role[2:]}}}$" if role in BY_NAME else role
+def _math_error(text: str) -> str:
+    """Return why matplotlib cannot draw a text with `$…$` as a formula; empty if it can."""
+    if not is_math_text(text):
+        return ""
+    try:
+        MathTextParser("path").parse(text)
+    except ValueError as error:
+        return str(error).strip().splitlines()[-1]
+    return ""
+
+
+def _symbol(name: str) -> str:
+    """Return a text for matplotlib: the symbol of a role, or the name of a run, matrix or method."""
+    if name in BY_NAME:
+        return f"$W_{{{name[2:]}}}$"
+    return name.replace("$", r"\$") if _math_error(name) else name
 
 
 def _line_style(curve: Curve, spec: Spec, deepest: int) -> dict[str, Any]:
@@ -257,8 +279,7 @@ def draw(
     Raises:
         ValueError: As in `select`; `smooth` is below 1, `x` is unknown, or a run has no token counts.
     """
-    if smooth < 1:
-        raise ValueError(f"--smooth {smooth}: must be at least 1")
+    _check_options(figure, layer, smooth, x)
     curves = select(figure, runs, layer)
     spec = FIGURES[figure]
     roles = sorted({curve.role for curve in curves}, key=rank)
@@ -288,7 +309,7 @@ def draw(
         if spec.roles:
             _explain_roles(axes[panels[-1]], spec, curves)
         if spec.panels == "role":
-            handles = [Line2D([], [], color=colours[run], label=run) for run in runs]
+            handles = [Line2D([], [], color=colours[run], label=_symbol(run)) for run in runs]
             title = "pale: first block\nfull: last block" if deepest and layer is None else None
             picture.legend(handles=handles, loc="outside right upper", title=title, alignment="left")
         picture.draw_without_rendering()
@@ -349,6 +370,10 @@ def plot(
         raise ValueError(f"--out {out}: the suffix must be {' or '.join(_SUFFIXES)}")
     if csv is not None and Path(csv).suffix != ".csv":
         raise ValueError(f"--csv {csv}: the suffix must be .csv")
+    _check_options(figure, layer, smooth, x)
+    for label in labels:
+        if error := _math_error(label):
+            raise ValueError(f"--label {label}: matplotlib cannot read its formula ({error}); for a $ write \\$")
     runs = load_runs(paths, labels)
     picture = draw(figure, runs, layer, smooth, x)
     summed_up = table(runs) if tabled else None  # before anything is written, because a run may lack metrics for it

@@ -251,6 +251,29 @@ def test_wrong_requests_are_refused(arguments: dict, message: str, runs: dict[st
         draw(runs=runs, **arguments)
 
 
+def test_options_are_checked_before_runs_are_read(tmp_path: Path):
+    for options, message in (
+        ({"figure": "12"}, "unknown figure '12'"),
+        ({"figure": "2", "layer": 0}, "leave out --layer"),
+        ({"x": "epoch"}, "--x epoch: must be step or tokens"),
+        ({"smooth": 0}, "--smooth 0"),
+        ({"labels": ["ok $10", "$x^$"]}, r"--label \$x\^\$: matplotlib cannot read its formula \(.*\); for a \$ write"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plot([tmp_path / "none"], tmp_path / "out.png", **options)  # type: ignore[arg-type]
+
+
+def test_a_name_is_drawn_as_it_is_if_it_is_no_formula(tmp_path: Path):
+    names = ["lr $x^$", r"$\alpha$", "a $5"]
+    for name in names:
+        record(tmp_path, name, pretraining(gated=True))
+    runs = load_runs([tmp_path])
+    (axis,) = draw("2", runs).axes
+    assert {text.get_text() for text in axis.texts} == {r"lr \$x^\$", r"$\alpha$", "a $5"}
+    for figure in ("9", "gates"):
+        draw(figure, runs).draw_without_rendering()
+
+
 def test_a_run_without_the_metrics_is_told_what_logs_them(runs: dict[str, Scalars]):
     def without(part: str) -> dict[str, Scalars]:
         return {"run": {metric: series for metric, series in runs["wesar"].items() if part not in metric}}
