@@ -26,7 +26,7 @@ from llmfoundry_wesar.attention import flash_or_stock_attention
 from llmfoundry_wesar.data import evaluation as evaluation_data
 from llmfoundry_wesar.data.shards import adds_eos, encode
 from llmfoundry_wesar.export.conversion import merge
-from llmfoundry_wesar.export.files import load
+from llmfoundry_wesar.export.files import find_model, load
 from llmfoundry_wesar.model import WeSaRMPTForCausalLM
 
 SHOTS = 3  # paper, section 5.4
@@ -268,7 +268,7 @@ def evaluate(
 
     Raises:
         FileNotFoundError: If there is no model, no data at all, or no data for a task that was named.
-        ValueError: If the model cannot be loaded or has no tokenizer, or an option is unknown.
+        ValueError: If the model cannot be loaded or has no tokenizer, or an option is unknown or cannot be used here.
         RuntimeError: If lm-evaluation-harness is not installed.
     """
     try:
@@ -282,6 +282,12 @@ def evaluate(
         raise ValueError(f"--tasks {tasks}: {unknown[0]!r} is not paper or one of {', '.join(TASKS)}.")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype {dtype}: use one of float32, bfloat16, float16.")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    find_model(path)  # before data are downloaded
     harness_tasks, missing = _harness_tasks(names, None if data is None else Path(data))
     if missing and (tasks != "paper" or not harness_tasks):
         raise FileNotFoundError(next(iter(missing.values())))
@@ -292,7 +298,6 @@ def evaluate(
     for module in model.modules():
         if hasattr(module, "attn_fn"):
             module.attn_fn = flash_or_stock_attention  # type: ignore[assignment]
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)  # type: ignore[arg-type]
     context = model.config.max_seq_len
     options: dict[str, Any] = {"batch_size": batch_size, "max_length": context, "softmax_dtype": "float32"}

@@ -229,6 +229,7 @@ def test_a_missing_task_is_said_and_not_averaged_away(exported, tmp_path):
         (["--tasks", "hellaswag"], "'hellaswag' is not paper or one of wikitext, lambada,"),
         (["--dtype", "int8"], "--dtype int8"),
         (["--data", "nowhere"], "nowhere/wikitext2_test.raw: no such file"),
+        (["--data", "nowhere", "--device", "gpu"], "--device gpu: "),
     ],
 )
 def test_what_cannot_be_scored_is_one_line(options, words, exported, tmp_path):
@@ -237,6 +238,11 @@ def test_what_cannot_be_scored_is_one_line(options, words, exported, tmp_path):
     assert result.exit_code == 1 and result.stdout == ""
     [line] = result.stderr.splitlines()
     assert words in line
+
+
+def test_a_model_is_looked_for_before_data_are_downloaded(tmp_path):
+    result = CliRunner().invoke(app, ["evaluate", str(tmp_path / "none")])
+    assert result.exit_code == 1 and result.stderr.endswith("none: no such file or folder.\n")
 
 
 # Make the paper's 130M YAML small enough for two CPU cores: two blocks, d = 32.

@@ -19,9 +19,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from llmfoundry_wesar.export import clients
 from llmfoundry_wesar.export.card import model_card
-from llmfoundry_wesar.export.checkpoints import Checkpoint, read_checkpoint
+from llmfoundry_wesar.export.checkpoints import Checkpoint, find_checkpoint, read_checkpoint
 from llmfoundry_wesar.export.conversion import build_mpt, from_llama, hf_config, merge, require_finite, to_gated, to_hf
-from llmfoundry_wesar.export.folders import refuse_existing, whole
+from llmfoundry_wesar.export.folders import check_new, whole
 from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM, arguments
 
 Format = Literal["hf", "gguf", "mpt"]
@@ -48,6 +48,16 @@ def load(path: str | Path) -> tuple[WeSaRMPTForCausalLM, PreTrainedTokenizerBase
     """
     checkpoint = _read(Path(path))
     return _build(path, checkpoint), checkpoint.tokenizer
+
+
+def find_model(path: str | Path) -> Path:
+    """Return the folder of a plain model, or the checkpoint, at a path.
+
+    Raises:
+        FileNotFoundError: As in `find_checkpoint`.
+        ValueError: As in `find_checkpoint`.
+    """
+    return Path(path) if Path(path, "config.json").is_file() else find_checkpoint(path)
 
 
 def _read(path: Path) -> Checkpoint:
@@ -189,7 +199,7 @@ def export(path: str | Path, out: str | Path, format: Format = "hf", dtype: str 
         OSError: Writing fails.
     """
     _check_options(format, dtype)
-    refuse_existing(out)
+    check_new(out)
     checkpoint = _read(Path(path))
     model, tokenizer, progress = _build(path, checkpoint), checkpoint.tokenizer, checkpoint.progress
     if format == "mpt":
@@ -260,7 +270,7 @@ def reparameterize(path: str | Path, out: str | Path, method: str = "wesar") -> 
         ValueError: The model is damaged, or the method is unknown or cannot start from it.
         OSError: Writing fails.
     """
-    refuse_existing(out)
+    check_new(out)
     model, tokenizer = load(path)
     gated = to_gated(model, method)
     with whole(out) as file:

@@ -19,6 +19,19 @@ def refuse_existing(out: str | Path) -> None:
         raise FileExistsError(f"{out} exists; choose another name or remove it.")
 
 
+def check_new(out: str | Path) -> None:
+    """Check before the work that a new file or folder can be written.
+
+    Raises:
+        FileExistsError: `out` exists.
+        OSError: Its folder cannot be written.
+    """
+    refuse_existing(out)
+    folder = next(folder for folder in Path(out).absolute().parents if folder.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise OSError(f"{out}: {folder} is not a folder in which you may write.")
+
+
 def _names(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 

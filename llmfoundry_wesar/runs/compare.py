@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from composer.core import Time, TimeUnit
 from composer.utils.collect_env import get_cpu_model, get_gpu_model
 from omegaconf import OmegaConf
 from tqdm import tqdm
@@ -110,6 +111,45 @@ def _for_launcher(override: str) -> str:
     return f"{key}={yaml_line(data['value'])}" if "$" in value else override
 
 
+def _is_positive(time: Any) -> bool:
+    """Return whether the trainer reads a value as a positive time. A number without a unit counts epochs."""
+    try:
+        return Time.from_input(time, TimeUnit.EPOCH).value > 0
+    except (RuntimeError, TypeError, ValueError):
+        return False
+
+
+def _held_out(config: str, expanded: Mapping[str, Any]) -> str:
+    """Return the metric key of the held-out loss.
+
+    Raises:
+        ValueError: The trainer would not log it at the end.
+    """
+    for key, default, example in (("max_duration", None, "200ba"), ("eval_interval", 1, "1dur")):
+        if not _is_positive(value := expanded.get(key, default)):
+            raise ValueError(
+                f"{config}: {key}: {value} is not a positive time, such as {example}; compare needs the held-out loss "
+                "of the trained model"
+            )
+    refused = {"eval_subset_num_batches": 0, "only_hf_checkpoint": True, "only_composer_checkpoint": True}
+    for key, value in refused.items():
+        if expanded.get(key) == value:
+            raise ValueError(f"{config}: with {key}: {value} there is no held-out loss; remove this key")
+    if "async_eval" in (expanded.get("callbacks") or {}):
+        raise ValueError(f"{config}: callbacks.async_eval evaluates in another run; remove it")
+    match expanded.get("eval_loader"):
+        case {"name": _}:
+            label = ""
+        case [{"label": label}, *_]:
+            label = f"{label}/"
+        case _:
+            raise ValueError(
+                f"{config}: eval_loader must be a loader, or a list whose first loader has a label: it gives the "
+                "held-out loss"
+            )
+    return f"metrics/eval/{label}LanguageCrossEntropy"
+
+
 def plan(
     config: str,
     methods: Sequence[str],
@@ -135,8 +175,8 @@ def plan(
 
     Raises:
         FileNotFoundError: The YAML does not exist.
-        ValueError: A list is empty, a method is unknown, a key or run occurs twice, the config has no `eval_loader`,
-            or `inspect_config` refuses it.
+        ValueError: A list is empty, a method is unknown, a key or run occurs twice, the runs would not log a held-out
+            loss at the end, or `inspect_config` refuses the config.
     """
     pairs = [text.partition("=") for text in vary]
     # Split at commas, but not inside brackets: a YAML list is one value.
@@ -167,16 +207,7 @@ def plan(
         common = [*overrides, *varied, f"variables.method={method}"]
         own = [*common, f"seed={seed}", f"train_loader.dataset.shuffle_seed={seed}"]
         expanded = load_config(config, own)
-        match expanded.get("eval_loader"):
-            case {"name": _}:
-                label = ""
-            case [{"label": label}, *_]:
-                label = f"{label}/"
-            case _:
-                raise ValueError(
-                    f"{config}: eval_loader must be a loader, or a list whose first loader has a label: it gives the "
-                    "held-out loss"
-                )
+        held_out = _held_out(config, expanded)
         config_hash = _hash(expanded)
         if config_hash in runs:
             raise ValueError(f"{' '.join(own)}: the plan has this run twice; name each method, seed and value once")
@@ -203,7 +234,7 @@ def plan(
             overrides=tuple(own),
             config_hash=config_hash,
             parameters=parameters(*common),
-            held_out=f"metrics/eval/{label}LanguageCrossEntropy",
+            held_out=held_out,
             nproc=nproc,
             command=(*launcher, str(scripts / "llmfoundry"), "train", config, *arguments, *where),
         )

@@ -181,6 +181,9 @@ def test_an_existing_output_is_never_touched(command, trained, tmp_path):
     for out in (tmp_path / "folder", tmp_path / "file"):
         out.mkdir() if out.name == "folder" else out.write_text("mine")
         assert "exists; choose another name or remove it" in _run(*command, trained["wesar"].folder, out)
+    # This is found before the checkpoint is read.
+    line = _run(*command, tmp_path / "none", tmp_path / "file" / "a" / "b")
+    assert line.endswith(f"/b: {tmp_path / 'file'} is not a folder in which you may write.")
     assert (tmp_path / "file").read_text() == "mine"
     assert not list((tmp_path / "folder").iterdir())
 

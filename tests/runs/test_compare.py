@@ -119,6 +119,12 @@ def test_commands_are_the_stock_ones(tmp_path):
         ({"overrides": ["seed=3"]}, "seed: compare sets it"),
         ({"vary": ["optimizer.lr=1e-3"], "overrides": ["optimizer.lr=1e-3"]}, "optimizer.lr: --vary sets it"),
         ({"overrides": ["eval_loader=null"]}, "eval_loader must be a loader, or a list whose first loader has a label"),
+        ({"overrides": ["eval_interval=0"]}, "eval_interval: 0 is not a positive time, such as 1dur; compare needs"),
+        ({"vary": ["eval_interval=0ba"]}, "eval_interval: 0ba is not"),
+        ({"overrides": ["max_duration=soon"]}, "max_duration: soon is not a positive time, such as 200ba"),
+        ({"overrides": ["eval_subset_num_batches=0"]}, "with eval_subset_num_batches: 0 there is no held-out loss"),
+        ({"overrides": ["only_hf_checkpoint=true"]}, "with only_hf_checkpoint: True there is no held-out loss"),
+        ({"overrides": ["callbacks.async_eval={interval: 1ba}"]}, "callbacks.async_eval evaluates in another run"),
         ({"overrides": ["model.n_heads=5"]}, "n_heads"),
     ],
 )
