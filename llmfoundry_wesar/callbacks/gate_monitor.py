@@ -51,8 +51,13 @@ class GateMonitor(RoleMonitor):
 
     name, quantity = "gate_monitor", "gate"
 
+    def matrices(self, state: State) -> list[str]:
+        """Return the module paths of the gates."""
+        return list(_gates(state))
+
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Warn if there is nothing to log."""
+        """Add charts to the run, and warn if there is nothing to log."""
+        super().fit_start(state, logger)
         if not _gates(state):
             warnings.warn("gate_monitor: the model has no gates, so none will be logged.", stacklevel=2)
 
@@ -74,7 +79,7 @@ class GateMonitor(RoleMonitor):
                 metrics[f"gate/{name}"] = mean
             else:
                 metrics |= {f"gate/{name}/mean": mean, f"gate/{name}/min": least, f"gate/{name}/max": greatest}
-        logger.log_metrics((metrics if self.by_matrix else {}) | self.role_metrics(means))
+        self.log(logger, metrics, means)
 
 
 def _gates(state: State) -> dict[str, Shard]:

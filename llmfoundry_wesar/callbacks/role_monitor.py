@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from typing import ClassVar
 
-from composer.core import Time
+from composer.core import State, Time
+from composer.loggers import Logger
 
+from llmfoundry_wesar.callbacks.charts import add_charts, leave_out_of_summary
 from llmfoundry_wesar.callbacks.interval import IntervalCallback
-from llmfoundry_wesar.roles import by_role
+from llmfoundry_wesar.roles import by_role, rank, role_name
 
 
 class RoleMonitor(IntervalCallback):
@@ -36,15 +38,33 @@ class RoleMonitor(IntervalCallback):
                 "remove the callback."
             )
         self.by_role, self.by_matrix = by_role, by_matrix
+        self._logged = False
 
-    def role_metrics(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Return the metrics of the roles by key, without keys if `by_role` is false.
+    def matrices(self, state: State) -> list[str]:
+        """Return the module paths of what it measures."""
+        raise NotImplementedError
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Add charts to the run. The first monitor does this for all, because it can be done only once."""
+        monitors = [callback for callback in state.callbacks if isinstance(callback, RoleMonitor)]
+        if monitors[:1] == [self]:
+            names = {each.quantity: set(map(role_name, each.matrices(state))) for each in monitors if each.by_role}
+            add_charts(logger, {quantity: sorted(roles, key=rank) for quantity, roles in names.items() if roles})
+
+    def log(self, logger: Logger, metrics: Mapping[str, float], values: Mapping[str, float]) -> None:
+        """Log metrics of the matrices, and the range of a quantity over the matrices of each role.
 
         Args:
-            values: Module path → value of the matrix.
+            logger: The trainer's logger.
+            metrics: Key → value, of the matrices.
+            values: Module path → the quantity of the matrix.
         """
-        return {
+        if self.by_matrix and not self._logged:
+            leave_out_of_summary(logger, metrics)
+            self._logged = True
+        roles = {
             f"role_{self.quantity}/{role}/{statistic}": value
             for role, statistics in (by_role(values) if self.by_role else {}).items()
             for statistic, value in statistics.items()
         }
+        logger.log_metrics((dict(metrics) if self.by_matrix else {}) | roles)

@@ -89,13 +89,19 @@ class UpdateRatioMonitor(RoleMonitor):
         self._measurement: StepMeasurement | None = None
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Check the expressions against the model."""
+        """Check the expressions against the model, and add charts to the run."""
         names = [matrix.name for matrix in trainable_matrices(state)]
         for key, pattern in (("include", self.include), ("exclude", self.exclude)):
             if pattern is not None and not any(map(pattern.search, names)):
                 raise ValueError(f"{key}: {pattern.pattern!r} matches none of the matrices {', '.join(names)}.")
         if not any(map(self._selects, names)):
             raise ValueError("include, exclude: no trainable matrix is left for update_ratio_monitor.")
+        super().fit_start(state, logger)
+
+    def matrices(self, state: State) -> list[str]:
+        """Return the module paths of the matrices whose update ratio is logged."""
+        selected = [matrix.name for matrix in trainable_matrices(state) if self._selects(matrix.name)]
+        return selected if "update_ratio" in self.metrics else []
 
     @torch.no_grad()
     def after_train_batch(self, state: State, logger: Logger) -> None:
@@ -114,7 +120,7 @@ class UpdateRatioMonitor(RoleMonitor):
         self._measurement = None
         parts = (key.partition("/") for key in metrics)
         ratios = {module: metrics[f"update_ratio/{module}"] for metric, _, module in parts if metric == "update_ratio"}
-        logger.log_metrics((metrics if self.by_matrix else {}) | self.role_metrics(ratios))
+        self.log(logger, metrics, ratios)
 
     def _selects(self, name: str) -> bool:
         included = self.include is None or self.include.search(name) is not None

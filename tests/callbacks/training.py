@@ -114,14 +114,14 @@ def train(
 def fit(
     model: ComposerModel, optimizer: torch.optim.Optimizer, callbacks: list[Callback], batches: DataSpec, **trainer: Any
 ) -> dict[str, dict[int, float]]:
-    """Train on the CPU, by default for one epoch, and return what was logged, as `train` does."""
+    """Train on the CPU, by default for one epoch, and return what was logged as `train` does."""
     logger = InMemoryLogger()
     Trainer(
         model=model,
         optimizers=optimizer,
         train_dataloader=batches,
         callbacks=callbacks,
-        loggers=logger,
+        loggers=[logger, *trainer.pop("loggers", ())],
         **{"max_duration": "1ep", "device": "cpu", "progress_bar": False, **trainer},
     ).fit()
     return {key: {time.batch.value: value for time, value in values} for key, values in logger.data.items()}
