@@ -1,17 +1,19 @@
 """The monitors on two processes, under each way to distribute a model, against one process on the same batches."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from composer.core import Callback
+from composer.core import Callback, Event
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from llmfoundry_wesar.callbacks import GateMonitor, OptimizerGates, UpdateRatioMonitor
+from llmfoundry_wesar.callbacks import GateMonitor, OptimizerGates, SpikeRecorder, UpdateRatioMonitor
 from llmfoundry_wesar.callbacks.update_ratio_monitor import METRICS
 from llmfoundry_wesar.optimizer import WeSaRAdamW
+from tests.callbacks.test_spike_recorder import Inject, repeat, rows
 from tests.callbacks.training import (
     MATRICES,
     SCALAR_GATED,
@@ -73,15 +75,33 @@ def _flat_parameters() -> str:
     return str(error.value)
 
 
-def _monitored_everywhere() -> dict[str, Any]:
+def _recorded(folder: Path, **trainer: Any) -> Counter[str]:
+    """Record a spike, and return the collectives of a step without one."""
+    model = regression()
+    recorder = Watched(SpikeRecorder(folder=str(folder), window=10, after=2, nats=0.2))
+    callbacks = [Inject(Event.AFTER_DATALOADER, 25, repeat), recorder]
+    train(model, torch.optim.SGD(model.parameters(), lr=0.02), callbacks, 28, **trainer)
+    return collectives(recorder.operations["after_train_batch", 1] + recorder.operations["batch_end", 2])
+
+
+def _monitored_everywhere(folder: Path) -> dict[str, Any]:
     """Run all cases in one job, because starting a job takes longer than all runs."""
     runs = {(net.__name__, spread): _monitored(spread, net) for net in NETS for spread in SPREADS}
-    return {**runs, "flat": _flat_parameters()}
+    return {
+        **runs,
+        "flat": _flat_parameters(),
+        "recorded": _recorded(folder, parallelism_config={"fsdp": {}}),
+    }
 
 
 @pytest.fixture(scope="module")
-def two_processes() -> list[dict[str, Any]]:
-    return launch(_monitored_everywhere)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("spikes")
+
+
+@pytest.fixture(scope="module")
+def two_processes(folder: Path) -> list[dict[str, Any]]:
+    return launch(_monitored_everywhere, folder)
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +167,17 @@ def test_a_step_of_the_optimizer_costs_one_collective(spread: str, two_processes
 
 def test_fsdp1_without_original_parameters_is_refused(two_processes: list) -> None:
     assert "fsdp_config.use_orig_params: false" in two_processes[0]["flat"]
+
+
+def test_two_processes_record_the_spike_that_one_does_without_a_collective_before_it(
+    two_processes: list, folder: Path, tmp_path: Path
+) -> None:
+    assert _recorded(tmp_path) == {}
+    for rank in two_processes:
+        assert rank["recorded"] == {}
+    ours, theirs = rows(folder / "25"), rows(tmp_path / "25")
+    assert ours.keys() == theirs.keys() and len(ours) == 13 * len(MATRICES)
+    for key, row in theirs.items():
+        for column, value in row.items():
+            expected = value if column == "matrix" or not value else pytest.approx(float(value), rel=1e-5)
+            assert (ours[key][column] if column == "matrix" or not value else float(ours[key][column])) == expected

@@ -1,0 +1,192 @@
+"""The recorder keeps what the monitors log, writes it when the loss jumps, and names an injected cause first."""
+
+import csv
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from composer import Callback, Event, Logger, State
+from composer.loggers import LoggerDestination
+from typer.testing import CliRunner
+
+from llmfoundry_wesar.callbacks import GateMonitor, SpikeRecorder, UpdateRatioMonitor
+from llmfoundry_wesar.cli import app
+from llmfoundry_wesar.runs.spikes import Record, jumped, moves
+from tests.callbacks.training import MATRICES, SCALAR_GATED, PlainNet, regression, train
+
+STEPS, SPIKE = 70, 50
+
+
+class Inject(Callback):
+    """Change something at the given event of one step, before the callbacks that follow in the list."""
+
+    def __init__(self, event: Event, step: int, change: Any):
+        self.event, self.step, self.change = event, step, change
+
+    def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        if event == self.event and state.timestamp.batch.value == self.step:
+            self.change(state)
+
+
+class Images(LoggerDestination):
+    """A logger that keeps the images it gets."""
+
+    def __init__(self):
+        self.images: dict[str, np.ndarray] = {}
+
+    def log_images(self, images: Any, name: str = "", *args: Any, **kwargs: Any) -> None:
+        self.images[name] = images
+
+
+class Metrics(LoggerDestination):
+    """A user's own logger that has only `log_metrics`."""
+
+    def __init__(self):
+        self.metrics = defaultdict(dict)
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        for key, value in metrics.items():
+            self.metrics[key][step] = value
+
+
+def explode(state: State) -> None:
+    """Multiply one matrix's gradient by 200, as a wrong kernel might."""
+    state.model.net.row.weight.grad *= 200
+
+
+def repeat(state: State) -> None:
+    """Make a batch of one repeated token, with targets far from the usual ones."""
+    ids, targets = state.batch
+    state.batch = (torch.zeros_like(ids), targets + 10)
+
+
+def spoil(state: State) -> None:
+    """Make the loss of this step NaN."""
+    ids, targets = state.batch
+    state.batch = (ids, targets * math.nan)
+
+
+def record(folder: Path, *injected: Callback, net: Any = None, steps: int = STEPS, **options: Any) -> dict:
+    """Train with a recorder, and return what was logged."""
+    torch.manual_seed(0)
+    model = regression(net) if net else regression()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    recorder = SpikeRecorder(folder=str(folder), **{"window": 40, "after": 10, "nats": 0.2} | options)
+    return train(model, optimizer, [*injected, recorder], steps)
+
+
+def rows(folder: Path) -> dict[tuple[int, str], dict[str, str]]:
+    with (folder / "matrices.csv").open(newline="") as file:
+        return {(int(row["step"]), row["matrix"]): row for row in csv.DictReader(file)}
+
+
+def test_it_holds_what_the_monitors_log_and_names_the_exploded_matrix_first(tmp_path):
+    """The gradient of step 50 is wrong, so the loss of step 51 jumps."""
+    monitors = [UpdateRatioMonitor("1ba", ["update_ratio", "grad_norm"]), GateMonitor("1ba")]
+    logged = record(tmp_path, Inject(Event.AFTER_TRAIN_BATCH, SPIKE, explode), *monitors)
+    [folder] = tmp_path.iterdir()
+    assert folder.name == str(SPIKE + 1)
+    found = rows(folder)
+    assert found.keys() == {(step, name) for step in range(SPIKE + 1 - 40, SPIKE + 12) for name in MATRICES}
+    for (step, name), row in found.items():
+        # The monitor logs a step when it is done, and a gate before it.
+        for quantity in ("update_ratio", "grad_norm"):
+            assert float(row[quantity]) == pytest.approx(logged[f"{quantity}/{name}"][step + 1], rel=1e-6, nan_ok=True)
+        if name in SCALAR_GATED:
+            assert float(row["gate"]) == pytest.approx(logged[f"gate/{name}"][step], rel=1e-6, nan_ok=True)
+        else:
+            assert row["gate"] == ""
+        assert float(row["loss"]) == pytest.approx(logged["loss/train/total"][step], rel=1e-6, nan_ok=True)
+        assert float(row["learning_rate"]) == 0.02
+    report = (folder / "report.md").read_text()
+    before = np.median([logged["loss/train/total"][step] for step in range(SPIKE - 15, SPIKE + 1)])
+    top = max(logged["loss/train/total"][step] for step in range(SPIKE + 1, SPIKE + 12))
+    assert report.startswith(f"# Spike at step {SPIKE + 1}: loss {before:.3f} → {top:.3f}\n\nFirst to move: ")
+    assert "First to move: `net.row`, update ratio × " in report and "1 step before the loss" in report
+    assert f"samples {8 * (SPIKE + 1)} to {8 * (SPIKE + 2) - 1} of the training" in report
+    assert (folder / "spike.png").read_bytes().startswith(b"\x89PNG")
+    listed = CliRunner().invoke(app, ["spikes", str(tmp_path)])
+    assert listed.exit_code == 0 and "First to move: net.row," in listed.output
+
+
+def test_a_batch_that_breaks_the_loss_is_named_and_not_a_matrix(tmp_path):
+    """One batch of a repeated token: the loss jumps in the same step, before any matrix has moved."""
+    images, metrics = Images(), Metrics()
+    torch.manual_seed(0)
+    model = regression(PlainNet)
+    recorder = SpikeRecorder(folder=str(tmp_path), window=40, after=5, nats=0.2)
+    inject = Inject(Event.AFTER_DATALOADER, SPIKE, repeat)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    train(model, optimizer, [inject, recorder], STEPS, loggers=[images, metrics])
+    [folder] = tmp_path.iterdir()
+    report = (folder / "report.md").read_text()
+    assert report.startswith(f"# Spike at step {SPIKE}: ")
+    assert "No matrix left its usual range before the loss; look at the batch. In its step `net." in report
+    assert images.images["spike"].ndim == 3 and images.images["spike"].dtype == np.uint8
+    assert len(metrics.metrics["loss/train/total"]) == STEPS
+
+
+def test_a_loss_that_is_not_finite_is_one_spike_and_said_to_be_nan(tmp_path):
+    record(tmp_path, Inject(Event.AFTER_DATALOADER, 20, spoil), steps=60)
+    [folder] = tmp_path.iterdir()
+    report = (folder / "report.md").read_text()
+    assert folder.name == "20" and "→ nan\n" in report and "nan at step 20, which is not finite" in report
+
+
+def test_no_more_than_the_most_are_written_and_those_of_earlier_processes_count(tmp_path):
+    """Two jumps, of which one may be written; and none if another process has written one."""
+    twice = [Inject(Event.AFTER_DATALOADER, step, repeat) for step in (30, 60)]
+    record(tmp_path / "a", *twice, most=1)
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["30"]
+    (tmp_path / "b/12").mkdir(parents=True)
+    (tmp_path / "b/12/report.md").touch()
+    record(tmp_path / "b", *twice, most=2)
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["12", "30"]
+
+
+def test_a_spike_near_the_end_and_a_measurement_at_an_interval(tmp_path):
+    """The run ends before `after` steps; every second step is measured, and the loss is looked at in each."""
+    record(tmp_path, Inject(Event.AFTER_DATALOADER, 67, repeat), interval="2ba")
+    found = rows(tmp_path / "67")
+    assert {step for step, _ in found} == set(range(28, 70, 2))
+
+
+def test_a_jump_is_above_the_usual_noise_and_above_the_given_nats():
+    """By hand: losses 3 and 3.1 in turn have differences of ±0.1 and the median 3.05."""
+    usual = [3.0, 3.1] * 20
+    assert not jumped([*usual, 3.34], deviations=0, nats=0.3)
+    assert jumped([*usual, 3.36], deviations=0, nats=0.3)
+    assert not jumped([*usual, 3.54], deviations=5, nats=0.3)
+    assert jumped([*usual, 3.56], deviations=5, nats=0.3)
+    assert not jumped([*usual[:15], 9.0], deviations=5, nats=0.3)  # too few losses before
+    assert jumped([3.0, math.nan], 5, 0.3) and jumped([3.0, math.inf], 5, 0.3)
+    assert not jumped([3.0, math.nan, math.nan], 5, 0.3)
+
+
+def test_moves_are_in_the_order_of_their_steps_and_those_that_grew_first():
+    """By hand: values are 1 and 1.21 in turn, median 1.1, standard deviation of the logarithms log(1.1).
+
+    So 6 of them are a factor of 1.1⁶ = 1.77, from 0.62 to 1.95. a doubles 3 steps before the loss, b halves and c is
+    not finite 1 step before, and d stays inside.
+    """
+    steps = np.arange(100)
+    values = np.tile(np.where(steps % 2, 1.0, 1.21)[:, None], 4)
+    values[87, 0], values[89, 1], values[89, 2], values[88, 3] = 2.2, 0.55, 3.3, 1.9
+    nothing = np.full_like(values, np.nan)
+    quantities = {"update_ratio": values, "grad_norm": np.where(values == 3.3, np.nan, values), "gate": nothing}
+    losses = np.where(steps < 90, 3.0, 5.0)
+    spike = Record(90, steps, losses, np.ones(100), steps, ["a", "b", "c", "d"], quantities, "")
+    assert [(move.matrix, move.before) for move in moves(spike)] == [("a", 3), ("c", 1), ("b", 1)]
+    assert [move.factor for move in moves(spike)] == pytest.approx([2.0, math.inf, 0.5])
+    assert moves(spike)[1].quantity == "grad_norm"  # it is not finite
+
+
+@pytest.mark.parametrize("option", [{"window": 0}, {"after": -1}, {"most": 2.5}, {"nats": "much"}, {"deviations": -1}])
+def test_a_wrong_option_is_refused_with_its_key(option):
+    [(key, value)] = option.items()
+    with pytest.raises(ValueError, match=rf"callbacks\.spike_recorder\.{key}: {value!r} is not"):
+        SpikeRecorder(**option)
