@@ -1,19 +1,27 @@
 """Read the metrics of runs from TensorBoard folders and CSV files, and find the matrix and block of each metric."""
 
 import csv
+import itertools
+import logging
 import lzma
 import math
 import os
+import struct
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
-from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto import event_pb2
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 from llmfoundry_wesar.roles import block_index, rank, role_name
+
+log = logging.getLogger(__name__)
 
 Scalars = dict[str, tuple[np.ndarray, np.ndarray]]
 """Metric key → (steps, values). Steps are int64 and increasing; values are float32, as in TensorBoard."""
@@ -41,6 +49,55 @@ def _series(points: Iterable[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray
     return np.array(steps, dtype=np.int64), np.array([latest[step] for step in steps], dtype=np.float32)
 
 
+class _Point(NamedTuple):
+    """A logged value, and the wall time in seconds at which it was logged."""
+
+    time: float
+    step: int
+    value: float
+
+
+def _read_events(file: Path) -> Iterator[Any]:
+    """Yield the events of a file. Say so if the reader, which stops at a damaged record, did not reach the end."""
+    end, position, step = file.stat().st_size, 0, None
+    for record in RawEventFileLoader(str(file)).Load():
+        position += 8 + 4 + len(record) + 4  # length, its checksum, data, their checksum
+        event = event_pb2.Event.FromString(record)  # type: ignore[attr-defined]
+        step = event.step if event.HasField("summary") else step
+        yield event
+    if position >= end:
+        return
+    after = "before any metric" if step is None else f"after step {step}"
+    with file.open("rb") as opened:
+        opened.seek(position)
+        head = opened.read(12)
+    whole_head = len(head) == 12 and masked_crc32c(head[:8]) == struct.unpack("<I", head[8:])[0]
+    if len(head) < 12 or (whole_head and position + 16 + struct.unpack("<Q", head[:8])[0] > end):
+        log.warning(
+            "%s: ends within a record, %s: the run was killed, or still writes, or the file was cut", file, after
+        )
+    else:
+        log.warning("%s: damaged %s, at byte %d of %d: the rest of this file is left out", file, after, position, end)
+
+
+def _end_of_older_runs(folder: Path, tags: Mapping[str, Sequence[_Point]]) -> float:
+    """Return the time at which the older runs of a folder ended, and say that they are left out; −∞ without such runs.
+
+    A trainer that starts from the beginning logs `time/batch` at step 0; one that resumes a run, at a later step first.
+    """
+    batches = sorted(tags.get("time/batch", []))
+    starts = [now for before, now in itertools.pairwise(batches) if now.step == 0 < before.step]
+    if not starts:
+        return -math.inf
+    log.warning(
+        "%s: %d runs that began at step 0; only the newest is read, which began at %s",
+        folder,
+        len(starts) + 1,
+        time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(starts[-1].time)),
+    )
+    return max(p.time for points in tags.values() for p in points if p.step > 0 and p.time < starts[-1].time)
+
+
 def _read_folder(path: Path) -> dict[str, Scalars]:
     files = sorted(path.rglob("*tfevents*"))
     if not files:
@@ -48,24 +105,23 @@ def _read_folder(path: Path) -> dict[str, Scalars]:
             f"{path}: no TensorBoard event files in or below this folder; "
             "name the run's folder, <loggers.tensorboard.log_dir>/<run_name>"
         )
-    events = defaultdict(lambda: defaultdict(list))
+    events: dict[Path, dict[str, list[_Point]]] = defaultdict(lambda: defaultdict(list))
     for file in files:
-        # 0 keeps all points; the default keeps a random sample.
-        accumulator = EventAccumulator(str(file), size_guidance={SCALARS: 0}).Reload()
-        for tag in accumulator.Tags()[SCALARS]:
-            # At every evaluation Composer writes the last losses again as hparams/…, into another folder.
-            if not tag.startswith("hparams/"):
-                events[file.parent][tag] += accumulator.Scalars(tag)
+        for event in _read_events(file):
+            for value in event.summary.value:
+                # At every evaluation Composer writes the last losses again as hparams/…, into another folder.
+                if value.HasField("simple_value") and not value.tag.startswith("hparams/"):
+                    events[file.parent][value.tag].append(_Point(event.wall_time, event.step, value.simple_value))
     if not events:
         raise ValueError(f"{path}: no metrics in its {len(files)} TensorBoard event files")
-    return {
-        folder.resolve().name if len(events) == 1 else folder.relative_to(path).as_posix(): {
-            # Sort by time here: the file names have whole seconds, so their order is not enough.
-            tag: _series((event.step, event.value) for event in sorted(found, key=lambda event: event.wall_time))
-            for tag, found in tags.items()
-        }
-        for folder, tags in events.items()
-    }
+    runs = {}
+    for folder, tags in events.items():
+        name = folder.resolve().name if len(events) == 1 else folder.relative_to(path).as_posix()
+        start = _end_of_older_runs(folder, tags)
+        # Sort by time here: the file names have whole seconds, so their order is not enough.
+        newest = {tag: sorted(point for point in points if point.time > start) for tag, points in tags.items()}
+        runs[name] = {tag: _series((p.step, p.value) for p in points) for tag, points in newest.items() if points}
+    return runs
 
 
 def _open_csv(path: Path, mode: str) -> IO[str]:
@@ -99,8 +155,9 @@ def read_runs(path: str | Path) -> dict[str, Scalars]:
     """Read every run in a TensorBoard folder, or in a `.csv` or `.csv.xz` file of `write_csv`.
 
     Composer's `TensorboardLogger` opens a new event file in `<log_dir>/<run_name>` after each flush, so all files of
-    one folder are one run. A run resumed from a checkpoint logs some steps again; the later value is kept. A new run
-    in a folder with old event files cannot be told from a resumed one.
+    one folder are one run. A run resumed from a checkpoint logs some steps again; the later value is kept. If several
+    runs that began at step 0 used a folder, the newest is read. A warning says so, and also which file is damaged or
+    cut, and after which step.
 
     Args:
         path: A run's folder, a folder above it (such as `log_dir`, with all runs in it), or a file.

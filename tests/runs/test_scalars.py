@@ -1,5 +1,7 @@
+import itertools
 import lzma
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 from composer import DataSpec, Trainer
 from composer.loggers import InMemoryLogger, TensorboardLogger
 from composer.models import ComposerModel
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from torch import nn
 
 from llmfoundry_wesar.callbacks.update_ratio_monitor import UpdateRatioMonitor
@@ -277,3 +280,55 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path):
         raise KeyError
     assert target.read_text() == "old"
     assert list(target.parent.iterdir()) == [target]
+
+
+def test_of_two_runs_in_a_folder_the_newest_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """The older run was longer, and resumed once. The newer one evaluates before its first step, and is resumed too."""
+
+    def steps(first: int, last: int, value: float) -> dict[int, dict[str, float]]:
+        return {step: {"time/batch": step, "loss/train/total": value} for step in range(first, last)}
+
+    record(tmp_path, "run", steps(0, 8, 1))
+    record(tmp_path, "run", steps(6, 12, 2))
+    assert len(read_scalars(tmp_path)["loss/train/total"][0]) == 12 and not caplog.messages
+    record(tmp_path, "run", {0: {"metrics/eval/LanguageCrossEntropy": 3}})
+    record(tmp_path, "run", steps(0, 5, 3))
+    record(tmp_path, "run", steps(4, 7, 4))
+    read = read_scalars(tmp_path)
+    assert read["loss/train/total"][1].tolist() == [3, 3, 3, 3, 4, 4, 4]
+    assert read["metrics/eval/LanguageCrossEntropy"][1].tolist() == [3]
+    (message,) = caplog.messages
+    assert message.startswith(
+        f"{tmp_path / 'run'}: 2 runs that began at step 0; only the newest is read, which began at"
+    )
+
+
+def test_what_is_cut_from_a_damaged_file_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """One flipped bit anywhere in a record, or a cut, leaves the steps before it and names the last of them."""
+    metric = "loss/train/total"
+    record(tmp_path, "run", {step: {metric: float(step)} for step in range(6)})
+    (file,) = (tmp_path / "run").iterdir()
+    content = file.read_bytes()
+    ends = list(itertools.accumulate(len(data) + 16 for data in RawEventFileLoader(str(file)).Load()))
+    assert ends[-1] == len(content)
+    for step in (0, 3):
+        start, end = ends[step], ends[step + 1]  # the first record has the version of the file
+        for offset in range(end - start):
+            damaged = bytearray(content)
+            damaged[start + offset] ^= 64
+            caplog.clear()
+            file.write_bytes(damaged)
+            if step == 0:
+                with pytest.raises(ValueError, match="no metrics in its 1 TensorBoard event files"):
+                    read_scalars(tmp_path)
+            else:
+                assert read_scalars(tmp_path)[metric][1].tolist() == [0, 1, 2]
+            (message,) = caplog.messages
+            after = "after step 2" if step else "before any metric"
+            assert f"{file}: damaged {after}, at byte {start} of {len(content)}" in message
+            caplog.clear()
+            file.write_bytes(content[: start + offset])
+            with pytest.raises(ValueError) if step == 0 else nullcontext():
+                read_scalars(tmp_path)
+            assert len(caplog.messages) == (offset > 0)
+            assert all(f"{file}: ends within a record, {after}" in message for message in caplog.messages)
