@@ -43,5 +43,5 @@ def report(evidence: Evidence) -> Verdict:
         f" WeSaR the gate carries more of the change than the norm in {sum(bar.low > 0 for bar in carried)}, less in "
         f"{sum(bar.high < 0 for bar in carried)}.",
         picture,
-        [["matrix", "Small: ‖W‖", "WeSaR: ‖W‖", "WeSaR: α", "Small − WeSaR", "\\|log α\\| − \\|log ‖W‖\\|"], *lines],
+        [["matrix", "Small: ‖W‖", "WeSaR: ‖W‖", "WeSaR: α", "Small − WeSaR", "|log α| − |log ‖W‖|"], *lines],
     )
