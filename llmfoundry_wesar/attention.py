@@ -66,6 +66,7 @@ def flash_or_stock_attention(
         and not needs_weights
         and attn_logit_softcapping is None
         and sliding_window_size == -1
+        and softmax_scale != 0  # a kernel would multiply the masked scores, −∞, by 0
         # With more keys than queries, the kernels align the causal mask with the first key, foundry with the last.
         and query.size(1) == key.size(1)
     )

@@ -85,6 +85,7 @@ def call(function: Any, length: int = 9, **kwargs: Any) -> tuple[Tensor, Tensor 
         {"attn_bias": torch.arange(-8.0, 1.0).view(1, 1, 1, 9) / 4},
         {"attn_logit_softcapping": 0.5},
         {"sliding_window_size": 2},
+        {"softmax_scale": 0.0},
     ],
     ids=lambda feature: next(iter(feature)),
 )

@@ -349,7 +349,8 @@ def to_hf(
     if plain.logit_scale is not None:
         weights["lm_head.weight"] = weights["lm_head.weight"] * plain.logit_scale
     # Llama scales scores by 1/√head_dim. Foundry's default is 1/√(d_model/n_heads), even if head_dim is set.
-    scale = plain.config.attn_config["softmax_scale"] or (plain.config.d_model / plain.config.n_heads) ** -0.5
+    scale = plain.config.attn_config["softmax_scale"]
+    scale = (plain.config.d_model / plain.config.n_heads) ** -0.5 if scale is None else scale
     if not math.isclose(factor := scale * math.sqrt(config.head_dim), 1.0):
         weights = {name: weight * factor if ".Wq." in name else weight for name, weight in weights.items()}
     weights = _rename(weights, _module_names(plain.config.n_layers))

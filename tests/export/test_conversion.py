@@ -166,6 +166,17 @@ def test_a_matrix_without_a_scale_gets_no_gate(value, trained):
         to_gated(model, "wesar")
 
 
+def test_a_softmax_scale_of_0_is_kept(trained):
+    """Every token then attends equally to those before it."""
+    model, _ = load(trained["wesar"].folder)
+    for module in model.modules():
+        if hasattr(module, "softmax_scale"):
+            module.softmax_scale = 0.0
+    model.config.attn_config["softmax_scale"] = 0.0
+    ids = trained["wesar"].ids
+    assert_same_logits(logits(to_hf(model), ids), logits(model, ids), FLOAT32)
+
+
 def test_weights_of_another_config_are_refused(trained):
     model, _ = load(trained["wesar"].folder)
     weights = dict(model.state_dict())
