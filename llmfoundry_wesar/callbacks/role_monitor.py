@@ -1,5 +1,7 @@
 """The base class of the monitors: it logs a quantity of every matrix, and its range over the blocks for every role."""
 
+import math
+import warnings
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -39,6 +41,7 @@ class RoleMonitor(IntervalCallback):
             )
         self.by_role, self.by_matrix = by_role, by_matrix
         self._logged = False
+        self._found_nan = False
 
     def matrices(self, state: State) -> list[str]:
         """Return the module paths of what it measures."""
@@ -54,11 +57,22 @@ class RoleMonitor(IntervalCallback):
     def log(self, logger: Logger, metrics: Mapping[str, float], values: Mapping[str, float]) -> None:
         """Log metrics of the matrices, and the range of a quantity over the matrices of each role.
 
+        The first time that a metric is NaN, warn which.
+
         Args:
             logger: The trainer's logger.
             metrics: Key → value, of the matrices.
             values: Module path → the quantity of the matrix.
         """
+        broken = [key for key, value in metrics.items() if math.isnan(value)]
+        if broken and not self._found_nan:
+            self._found_nan = True
+            others = f" and {len(broken) - 3} others" if len(broken) > 3 else ""
+            warnings.warn(
+                f"callbacks.{self.name}: NaN for the first time, in {', '.join(broken[:3])}{others} of {len(metrics)} "
+                "logged values: the run has diverged.",
+                stacklevel=2,
+            )
         if self.by_matrix and not self._logged:
             leave_out_of_summary(logger, metrics)
             self._logged = True

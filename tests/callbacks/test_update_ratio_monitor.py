@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -210,7 +211,11 @@ class Oddities(nn.Module):
 
 def test_zeros_nan_frozen_unused_and_sparse() -> None:
     model = regression(Oddities)
-    measured = monitored(model, SGD(model.parameters(), lr=0.1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        measured = monitored(model, SGD(model.parameters(), lr=0.1))
+    (message,) = [str(w.message) for w in caught if "NaN for the first time" in str(w.message)]
+    assert "update_ratio_monitor: NaN for the first time, in update_ratio/net.broken, weight_norm/net.broken" in message
     assert not any("frozen" in key for key in measured)
     assert measured["weight_norm/net.zero"][1] == 0
     assert measured["update_ratio/net.zero"][1] == math.inf
