@@ -272,6 +272,7 @@ def reparameterize(path: str | Path, out: str | Path, method: str = "wesar") -> 
     """
     check_new(out)
     model, tokenizer = load(path)
+    _require_finite(model)
     gated = to_gated(model, method)
     with whole(out) as file:
         _save_composer(gated, tokenizer, file)

@@ -340,6 +340,16 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(value, dtype, words, for
     assert [path.name for path in tmp_path.iterdir()] == ["diverged.pt"]
 
 
+def test_a_model_that_has_diverged_is_not_reparameterized(exported, tmp_path):
+    folder = shutil.copytree(exported["small_init"], tmp_path / "diverged")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, folder / "model.safetensors")
+    line = _run("reparameterize", folder, tmp_path / "out.pt")
+    assert "transformer.norm_f.weight is not finite, because the run has diverged; use an earlier checkpoint" in line
+    assert not (tmp_path / "out.pt").exists()
+
+
 @pytest.mark.parametrize("format, files", [("hf", _HF_FILES), ("gguf", {"README.md", "model.gguf"})])
 def test_a_folder_has_what_its_users_expect(format, files, trained, tmp_path):
     """Files that others can read, and a card that says what the model is, how long it trained and how to load it."""
