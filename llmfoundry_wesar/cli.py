@@ -179,7 +179,7 @@ def compare(
 ) -> None:
     """Train methods under equal conditions, one run after the other, and summarise them.
 
-    The same command continues an interrupted series: it keeps finished runs and repeats failed ones.
+    The same command continues an interrupted series: it keeps finished and diverged runs, and repeats failed ones.
     """
     import shlex
 
@@ -192,7 +192,8 @@ def compare(
         runs = plan(config, lists[0], [int(seed) for seed in lists[1]], out, vary or (), overrides or (), nproc)
         rows = results(runs, out) if dry_run else run_series(runs, out)
     status = {row["run"]: row["status"] for row in rows}
-    unfinished = [run for run in runs if status.get(run.name) != "finished"]
+    unfinished = [run for run in runs if status.get(run.name, "failed") == "failed"]
+    diverged = list(status.values()).count("diverged")
     if dry_run:
         for run in runs:
             echo(f"{status.get(run.name, 'not run')}: {run.name}")
@@ -201,7 +202,8 @@ def compare(
         echo(f"{len(unfinished)} of {len(runs)} runs to do")
     else:
         files = [str(path) for path in (out / "table.md", out / "curves.png") if path.exists()]
-        echo(f"{len(runs) - len(unfinished)} of {len(runs)} runs finished, see {' and '.join(files)}")
+        lost = f", {diverged} of them diverged" if diverged else ""
+        echo(f"{len(runs) - len(unfinished)} of {len(runs)} runs finished{lost}, see {' and '.join(files)}")
         if unfinished:
             raise Exit(1)
 

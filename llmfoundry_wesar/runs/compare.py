@@ -40,7 +40,7 @@ from llmfoundry_wesar.inspection import inspect_config, load_config, yaml_line
 from llmfoundry_wesar.methods import load
 from llmfoundry_wesar.runs.leftovers import discard_end, is_complete
 from llmfoundry_wesar.runs.scalars import read_scalars, replacing
-from llmfoundry_wesar.runs.summary import Row, append_rows, draw_curves, measure, read_rows, write_table
+from llmfoundry_wesar.runs.summary import Row, append_rows, draw_curves, measure, read_rows, status, write_table
 
 # Config keys that do not change the result and so are not hashed. `variables` act through the keys that refer to them.
 _NO_EFFECT = {"autoresume", "console_log_interval", "flatten_metadata", "log_config", "log_to_console", "loggers"}
@@ -244,7 +244,7 @@ def plan(
 def results(runs: Sequence[Run], out: str | Path) -> list[Row]:
     """Return the row of `runs.csv` for each run that has ended, in the order of `runs`.
 
-    If a run has several rows, take the finished one, else the last.
+    If a run has several rows, take the one that has not failed, else the last.
 
     Raises:
         FileExistsError: The folder is not empty and is not the folder of a series.
@@ -255,13 +255,13 @@ def results(runs: Sequence[Run], out: str | Path) -> list[Row]:
         if out.exists() and (out.is_file() or any(out.iterdir())):
             raise FileExistsError(f"{out}: not the folder of a series (it has no runs.csv); name a new folder")
         return []
-    rows = sorted(read_rows(out / "runs.csv"), key=lambda row: row["status"] == "finished")
+    rows = sorted(read_rows(out / "runs.csv"), key=lambda row: row["status"] != "failed")
     found = {row["config_hash"]: row for row in rows}
     return [found[run.config_hash] for run in runs if run.config_hash in found]
 
 
-def _finished(runs: Sequence[Run], out: Path) -> set[str]:
-    return {row["run"] for row in results(runs, out) if row["status"] == "finished"}
+def _done(runs: Sequence[Run], out: Path) -> set[str]:
+    return {row["run"] for row in results(runs, out) if row["status"] != "failed"}
 
 
 @contextmanager
@@ -354,9 +354,10 @@ def _do(run: Run, out: Path, lock: IO[str], bar: tqdm) -> str:
     with suppress(FileNotFoundError, ValueError):  # there is no log yet, or not all of it
         logged = read_scalars(scalars)
         if is_complete(logged, run.held_out, config["max_duration"]):
-            row |= measure(logged, run.held_out) | {"status": "finished"}
+            row |= measure(logged, run.held_out)
+            row["status"] = status(row)
             append_rows(out / "runs.csv", [row])
-            return f"finished after an earlier compare was killed, held-out loss {row['held_out_loss']:.3f}"
+            return f"{row['status']} after an earlier compare was killed, held-out loss {row['held_out_loss']:.3f}"
     if "autoresume=true" in run.command:
         discard_end(out / "checkpoints" / run.name, config["max_duration"])
     else:
@@ -371,28 +372,29 @@ def _do(run: Run, out: Path, lock: IO[str], bar: tqdm) -> str:
     if not code:
         try:
             row |= measure(read_scalars(scalars), run.held_out)
-            row["status"] = "finished"
+            row["status"] = status(row)
             text = f"held-out loss {row['held_out_loss']:.3f}, {row['wall_seconds']:.0f} s"
         except (FileNotFoundError, ValueError) as error:
             text = str(error)
     append_rows(out / "runs.csv", [row])
-    return f"finished, {text}" if row["status"] == "finished" else f"failed ({text}), see {log}"
+    return f"failed ({text}), see {log}" if row["status"] == "failed" else f"{row['status']}, {text}"
 
 
 def run_series(runs: Sequence[Run], out: str | Path) -> list[Row]:
     """Train the runs of a plan that are not finished yet, and write table and curves of all of them.
 
-    A run that fails gets a row and is tried again at the next call. A run that is killed gets no row. Both are
-    reported, and the series goes on. A run starts from its last checkpoint if the config saves any, else from the
-    beginning. A trainer that ended after `compare` was killed is not started again: its log gives the row, without what
-    only `compare` knows, such as the commit. SIGTERM and ctrl-C stop the current run and end the series.
+    A run that fails gets a row and is tried again at the next call; one that diverges is not. A run that is killed gets
+    no row. All are reported, and the series goes on. A run starts from its last checkpoint if the config saves any,
+    else from the beginning. A trainer that ended after `compare` was killed is not started again: its log gives the
+    row, without what only `compare` knows, such as the commit. SIGTERM and ctrl-C stop the current run and end the
+    series.
 
     Args:
         runs: From `plan`.
         out: As for `plan`.
 
     Returns:
-        As `results`: a run that did not finish has status `failed` or no row.
+        As `results`: a run that did not end has status `failed` or no row.
 
     Raises:
         FileExistsError: As in `results`.
@@ -401,14 +403,14 @@ def run_series(runs: Sequence[Run], out: str | Path) -> list[Row]:
         ValueError: As in `results`; the YAML has changed since the plan, or its data do not exist.
     """
     out = Path(out).resolve()
-    done = _finished(runs, out)
+    done = _done(runs, out)
     for run in runs:
         if run.name not in done:
             load_config(run.config, list(run.overrides), check_data=True)
     on_term = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with _locked(out) as lock:
-            done = _finished(runs, out)  # again: another series may have ended before we got the lock
+            done = _done(runs, out)  # again: another series may have ended before we got the lock
             # smoothing=0: remaining time from the mean of all runs so far. disable=None: no bar outside a terminal.
             with tqdm(total=len(runs), initial=len(done), smoothing=0, bar_format=_BAR, disable=None) as bar:
                 for number, run in enumerate((run for run in runs if run.name not in done), len(done) + 1):

@@ -25,7 +25,7 @@ COLUMNS = {
     "variation": "key=value of every varied key, separated by spaces",
     "seed": "seed of the trainer and of the data order",
     "config_hash": "hash of all keys of the expanded config that can change the result",
-    "status": "finished or failed",
+    "status": "finished, diverged (final_loss or held_out_loss is not finite), or failed",
     "commit": "commit of this project, -dirty with uncommitted changes; its version if there is no repository",
     "versions": "versions of the packages",
     "hardware": "processor or GPU, and their number",
@@ -123,11 +123,18 @@ def measure(scalars: Scalars, held_out: str) -> dict[str, float]:
         if len(steps) > 1
         else math.nan,
         "largest_jump": largest_jump(losses),
-        "spikes": spikes(losses),
+        # A comparison with NaN is false, so a run that has diverged would have no spikes.
+        "spikes": spikes(losses) if np.isfinite(losses).all() else math.nan,
     }
     if "memory/peak_allocated_mem" in scalars:
         measured["peak_memory_gb"] = float(scalars["memory/peak_allocated_mem"][1].max())
     return measured
+
+
+def status(measured: Mapping[str, float]) -> str:
+    """Return the status of a run whose trainer ended without an error, from what `measure` returns."""
+    ends = (measured["final_loss"], measured["held_out_loss"])
+    return "finished" if all(map(math.isfinite, ends)) else "diverged"
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -172,8 +179,8 @@ def _mean(values: np.ndarray, form: str) -> str:
 def table(rows: Sequence[Row]) -> str:
     """Make a Markdown table with a row for each method and variation: mean ± sample standard deviation.
 
-    Only finished runs count; n is their number. The lowest mean losses are bold. `time` is the time per token, divided
-    by that of `small_init` with the same variation.
+    Only finished runs count; n is their number, and that of the diverged runs is beside it. The lowest mean losses are
+    bold. `time` is the time per token, divided by that of `small_init` with the same variation.
 
     Args:
         rows: Rows of `runs.csv`, at most one for each run.
@@ -191,7 +198,9 @@ def table(rows: Sequence[Row]) -> str:
     lines = [["method", "variation", "n", *_TABLE, "time", "parameters"]]
     lines.append(["---", "---", *["--:"] * (len(lines[0]) - 2)])
     for (method, variation), group in groups.items():
-        line = [method, variation, str(len(group["parameters"]))]
+        key = (method, variation, "diverged")
+        diverged = sum((row["method"], row["variation"], row["status"]) == key for row in rows)
+        line = [method, variation, f"{len(group['parameters'])}" + (f" ({diverged} diverged)" if diverged else "")]
         for column, form in _TABLE.values():
             text = _mean(group[column], form)
             line.append(f"**{text}**" if len(group[column]) and group[column].mean() == best.get(column) else text)
@@ -204,7 +213,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def write_table(rows: Sequence[Row], path: str | Path) -> None:
-    """Write the table, and below it the definitions, the conditions and the failed runs."""
+    """Write the table, and below it the definitions, the conditions, and the diverged and failed runs."""
     notes = [
         f"Mean ± sample standard deviation over n runs. Training loss: mean of the last {FINAL_BATCHES} batches. "
         f"Time: per token, divided by that of {_BASELINE}. Peak memory {COLUMNS['peak_memory_gb']}.",
@@ -214,8 +223,9 @@ def write_table(rows: Sequence[Row], path: str | Path) -> None:
     for column in ("tokens", "hardware", "commit", "versions"):
         if values := dict.fromkeys(row[column] for row in rows if row[column]):
             notes.append(f"{column.capitalize()}: {'; '.join(values)}.")
-    if failed := [row["run"] for row in rows if row["status"] != "finished"]:
-        notes.append(f"Failed: {', '.join(failed)}.")
+    for kind in ("diverged", "failed"):
+        if names := [row["run"] for row in rows if row["status"] == kind]:
+            notes.append(f"{kind.capitalize()}: {', '.join(names)}.")
     with replacing(path) as partial:
         partial.write_text(table(rows) + "\n" + "".join(f"- {note}\n" for note in notes), encoding="utf-8")
 

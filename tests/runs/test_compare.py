@@ -318,6 +318,28 @@ def test_a_run_that_ended_after_compare_was_killed_is_not_trained_again(tmp_path
     assert "| **2.500** |" in (tmp_path / "out/table.md").read_text()
 
 
+def test_a_run_that_turned_nan_has_diverged(tmp_path, data, capsys):
+    """It is not repeated. The table counts it apart, and a finished run of the same method alone gives the means."""
+    runs = make(tmp_path / "out", seeds=[1, 2], overrides=[f"variables.data={data}"])
+    for run, loss in zip(runs, (math.nan, 4.0), strict=True):
+        steps = {
+            step: {"loss/train/total": loss, "time/batch": step, "time/token": 9.0 * step, "time/train": step}
+            for step in range(BATCHES + 1)
+        }
+        record(tmp_path / "out/tensorboard", run.name, steps | {BATCHES: steps[BATCHES] | {run.held_out: loss}})
+    (tmp_path / "out/runs.csv").write_text(",".join(COLUMNS) + "\n")
+    diverged, finished = run_series(runs, tmp_path / "out")
+    assert (diverged["status"], diverged["spikes"], finished["status"]) == ("diverged", "nan", "finished")
+    assert f"{runs[0].name}: diverged after an earlier" in capsys.readouterr().out
+    text = (tmp_path / "out/table.md").read_text()
+    assert "| wesar | 1 (1 diverged) | **4.000** | **4.000** |" in text and f"- Diverged: {runs[0].name}.\n" in text
+    arguments = ["compare", CONFIG, *TINY, f"variables.data={data}", "--methods", "wesar", "--seeds", "1,2", "--out"]
+    shown = CliRunner().invoke(app, [*arguments, str(tmp_path / "out"), "--dry-run"])
+    assert f"diverged: {runs[0].name}\n" in shown.output and "0 of 2 runs to do" in shown.output
+    ended = CliRunner().invoke(app, [*arguments, str(tmp_path / "out")])
+    assert ended.exit_code == 0 and "2 of 2 runs finished, 1 of them diverged, see" in ended.output
+
+
 def test_a_run_that_was_killed_between_its_last_checkpoint_and_its_evaluation_goes_on(text_data, tmp_path):
     """Composer refuses to continue from that checkpoint. From the one before, the run ends with the same weights."""
     saves = [f"save_folder={tmp_path}", "save_interval=2ba", "save_overwrite=true", "autoresume=true"]
