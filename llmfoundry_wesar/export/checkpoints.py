@@ -7,6 +7,7 @@ is read by an unpickler that allows only the classes which torch writes there. A
 import datetime
 import io
 import pickle
+import re
 import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -113,7 +114,9 @@ def find_checkpoint(path: str | Path) -> Path:
     found = [link.resolve() for link in latest if link.exists()]
     if len(found) > 1:
         raise ValueError(f"{path}: links to two latest checkpoints, {found[0]} and {found[1]}; name one of them.")
-    found = found or sorted({*path.glob("*.pt"), *(file.parent for file in path.glob("*/.metadata"))})
+    checkpoints = {*path.glob("*.pt"), *(file.parent for file in path.glob("*/.metadata"))}
+    # By the numbers in the names, so that ba10 comes after ba9.
+    found = found or sorted(checkpoints, key=lambda file: ([int(n) for n in re.findall(r"\d+", file.name)], file.name))
     if not found:
         raise FileNotFoundError(f"{path}: no checkpoint in this folder (no .pt file, and no folder with a .metadata).")
     if len(found) > 1:

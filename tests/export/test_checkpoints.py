@@ -62,11 +62,14 @@ def test_a_folder_means_its_latest_checkpoint(trained, sharded, tmp_path):
         find_checkpoint(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         find_checkpoint(tmp_path / "none")
-    for name in ("a.pt", "b.pt"):
+    for name in ("a.pt", "ep0-ba9-rank0.pt", "ep0-ba10-rank0.pt"):
         shutil.copy(find_checkpoint(whole), tmp_path / name)
-    with pytest.raises(ValueError, match=r"2 checkpoints and no link to the latest; name one, such as .*b\.pt"):
+    with pytest.raises(
+        ValueError, match=r"3 checkpoints and no link to the latest; name one, such as .*ba10-rank0\.pt"
+    ):
         find_checkpoint(tmp_path)
-    (tmp_path / "b.pt").unlink()
+    for name in ("ep0-ba9-rank0.pt", "ep0-ba10-rank0.pt"):
+        (tmp_path / name).unlink()
     assert find_checkpoint(tmp_path) == tmp_path / "a.pt"
     (tmp_path / "latest-rank0.pt").symlink_to("a.pt")
     assert find_checkpoint(tmp_path) == tmp_path / "a.pt"
