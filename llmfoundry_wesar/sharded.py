@@ -131,7 +131,10 @@ class _VirtualWeight(nn.Module):
 
 @torch.no_grad()
 def virtual_slices(layers: Sequence[tuple[Reparameterized, FSDP1 | None]]) -> list[Tensor]:
-    """Return this rank's slice of each layer's virtual weight, flat. The slices of all ranks have about equal sizes.
+    """Return this rank's slice of each layer's virtual weight, flat and in float32 or wider.
+
+    The slices of all ranks have about equal sizes. A layer with bfloat16 parameters would round the virtual weight, by
+    about as much as a small update changes it.
 
     A virtual weight may depend on all of W, so each rank gathers the whole W and α: by one collective for each
     parameter under FSDP2, or for each FSDP1 module. Only the slices stay in memory.
@@ -150,7 +153,7 @@ def virtual_slices(layers: Sequence[tuple[Reparameterized, FSDP1 | None]]) -> li
                 for name in ("weight", "gate"):
                     parameter = getattr(layer, name)
                     whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-                    parameters[f"layer.{name}"] = whole
+                    parameters[f"layer.{name}"] = whole.to(torch.promote_types(whole.dtype, torch.float32))
                 virtual = torch.func.functional_call(_VirtualWeight(layer), parameters, ())
                 slices.append(virtual.flatten().tensor_split(dist.get_world_size())[dist.get_global_rank()].clone())
     return slices

@@ -18,8 +18,8 @@ class UpdateRatioMonitor(RoleMonitor):
 
     It measures every trainable parameter of two or more dimensions, in any model. W is the parameter before the real
     step and W' after it, so clipping, schedule, parameter groups and loss scaling are included. V is the virtual weight
-    (αW if there is a gate), and ‖·‖ the Euclidean norm of all elements. If `WeSaRAdamW` keeps the gate, the parameter
-    is V, and W = V/α.
+    (αW if there is a gate) before it is rounded to the type of the parameters, and ‖·‖ the Euclidean norm of all
+    elements. If `WeSaRAdamW` keeps the gate, the parameter is V, and W = V/α.
 
     +-----------------------------------+-----------------------------------------------------------------+
     | Key                               | Logged data                                                     |

@@ -128,17 +128,13 @@ def test_clipped_gradients_under_a_moving_schedule() -> None:
 
 
 def test_bfloat16_parameters_are_summed_in_float32() -> None:
-    """Differences of neighbouring bfloat16 values are exact. Sums of squares in bfloat16 would be wrong by 1e-2."""
+    """Differences of neighbouring bfloat16 values are exact. Sums of squares in bfloat16 would be wrong by 1e-2.
+
+    Virtual weights are not rounded to bfloat16, as they are in the forward pass: that would change these ratios by 20%.
+    """
     model = regression().bfloat16()
     copies = Copies()
-    measured = monitored(model, SGD(model.parameters(), lr=0.1), copies)
-    virtual_of_vectors = {
-        key for key in measured if key.startswith("virtual") and key.partition("/")[2] in VECTOR_GATED
-    }
-    assert len(virtual_of_vectors) == 4
-    for key in virtual_of_vectors:  # formed in bfloat16, as in the forward pass
-        assert measured.pop(key) == pytest.approx(copies.metrics.pop(key), rel=0.2)
-    assert agrees(measured, copies)
+    assert agrees(monitored(model, SGD(model.parameters(), lr=0.1), copies), copies)
 
 
 class SkipsOddSteps(SGD):
