@@ -72,6 +72,9 @@ class Reparameterized(nn.Module):
         Args:
             scale: σ_•/σ, the ratio of the virtual weight's standard deviation to the actual one's.
             gain_init: `backbone` makes the virtual weight `scale` × W; `method` sets the method's own initial value.
+
+        Raises:
+            ValueError: If the layer divides by a norm that is 0.
         """
         raise NotImplementedError
 
@@ -193,6 +196,12 @@ class GatedEmbedding(Gated, ScaledEmbedding):
         return output if self.scale == 1.0 else output * self.scale
 
 
+def _check_norms(norms: Tensor) -> None:
+    """Refuse a norm of 0, by which a layer would divide."""
+    if not norms.is_meta and not norms.all():
+        raise ValueError("the norm of the matrix, or of one of its rows, is 0, and the layer divides by it")
+
+
 class WeightNormalized(Reparameterized):
     """Weight normalisation: rows of the virtual weight are αw/‖w‖ (Salimans and Kingma 2016; paper, appendix C.1)."""
 
@@ -206,7 +215,9 @@ class WeightNormalized(Reparameterized):
         """Set the gates to the norms of the rows, as torch does; under `backbone` to `scale` × these norms."""
         factor = scale if gain_init == "backbone" else 1.0
         with torch.no_grad():
-            self.gate.copy_(factor * torch.linalg.vector_norm(self.weight, dim=1))
+            norms = torch.linalg.vector_norm(self.weight, dim=1)
+            _check_norms(norms)
+            self.gate.copy_(factor * norms)
 
     @classmethod
     def expected_start(
@@ -272,6 +283,7 @@ class SpectrallyNormalized(Reparameterized):
             self.left.copy_(F.normalize(torch.cos(angles * angles), dim=0))
             self.iterate_(steps=32)
             norm = self.left @ (self.weight @ self.right)
+            _check_norms(norm)
             self.gate.copy_(scale * norm if gain_init == "backbone" else torch.ones_like(norm))
 
     @classmethod

@@ -1,6 +1,7 @@
 import copy
 import io
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -143,6 +144,23 @@ def test_meta_device_holds_no_data_until_it_is_materialised(make):
         layer.weight.normal_()
     layer.start_gate_(2.0)
     assert all(t.isfinite().all() for t in (layer.virtual_weight(), layer.gate))
+
+
+@pytest.mark.parametrize("make", [WeightNormLinear, SigmaReparamLinear])
+def test_a_layer_that_would_divide_by_a_norm_of_0_does_not_start(make):
+    """Its output would be NaN. One row of zeros is enough for weight normalisation, but not for σReparam."""
+    layer = make(6, 4)
+    with torch.no_grad():
+        layer.weight[1] = 0
+    with (
+        pytest.raises(ValueError, match="is 0, and the layer divides by it")
+        if make is WeightNormLinear
+        else nullcontext()
+    ):
+        layer.start_gate_(1.0)
+    nn.init.zeros_(layer.weight)
+    with pytest.raises(ValueError, match="the norm of the matrix, or of one of its rows, is 0"):
+        layer.start_gate_(1.0)
 
 
 def test_unknown_gate_shape_is_refused():

@@ -404,7 +404,10 @@ def to_gated(model: WeSaRMPTForCausalLM, method: str) -> WeSaRMPTForCausalLM:
                 raise ValueError(f"{name} gives no value for its gate: its root mean square is 0 or not finite.")
             module.to_empty(device="cpu", recurse=False)
             module.weight.copy_(weight / scale)
-            module.start_gate_(scale, "backbone")
+            try:
+                module.start_gate_(scale, "backbone")
+            except ValueError as error:
+                raise ValueError(f"{name} cannot be trained with {method}: {error}.") from error
             # This adds an empty bias too. The real bias comes later in the loop, and replaces it.
             weights |= module.state_dict(prefix=f"{path}.")
         else:

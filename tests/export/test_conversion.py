@@ -166,6 +166,14 @@ def test_a_matrix_without_a_scale_gets_no_gate(value, trained):
         to_gated(model, "wesar")
 
 
+def test_weight_normalisation_refuses_a_row_of_zeros(trained):
+    """As a vocabulary that was padded has."""
+    model, _ = load(trained["small_init"].folder)
+    model.transformer.wte.weight[7] = 0
+    with pytest.raises(ValueError, match=r"transformer\.wte\.weight cannot be trained with weight_norm: the norm of"):
+        to_gated(model, "weight_norm")
+
+
 def test_a_softmax_scale_of_0_is_kept(trained):
     """Every token then attends equally to those before it."""
     model, _ = load(trained["wesar"].folder)
