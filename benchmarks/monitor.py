@@ -19,13 +19,16 @@ from llmfoundry import registry
 from benchmarks.record import Recorder
 from benchmarks.sizes import load, shape
 from benchmarks.trainer import configure, decoupled, run_trainer, write_data
-from llmfoundry_wesar.callbacks.update_ratio_monitor import METRICS, UpdateRatioMonitor
+from llmfoundry_wesar.callbacks import SpikeRecorder, UpdateRatioMonitor
+from llmfoundry_wesar.callbacks.measurement import METRICS
 
 DUE, IDLE, NONE = "update_ratio_monitor, due step", "update_ratio_monitor, other step", "none"
+SPIKES = "spike_recorder"
 MONITORS = {
     NONE: Callback,
     DUE: partial(UpdateRatioMonitor, "1ba", METRICS),
     IDLE: partial(UpdateRatioMonitor, "1000000ba", METRICS),
+    SPIKES: partial(SpikeRecorder, nats=1e9),  # never writes
     "optimizer_monitor": partial(OptimizerMonitor, batch_log_interval=1),
 }
 # optimizer_monitor measures more than gradient norms only with Composer's own optimizer.
@@ -113,9 +116,14 @@ def run(recorder: Recorder, size: str, compiled: bool, seconds: float) -> None:
         for unit in _UNITS:
             for variant in MONITORS:
                 recorder.add(readings[unit, variant], readings[unit, NONE], variant=variant, unit=unit)
-        none, due, idle = (np.array(readings["ms", variant]) for variant in (NONE, DUE, IDLE))
+        none, due, idle, spikes = (np.array(readings["ms", variant]) for variant in (NONE, DUE, IDLE, SPIKES))
         steps = _PAPER_BATCH / (config["global_train_batch_size"] * config["max_seq_len"])
-        for interval, added in {"every step": due - none, "every 10th": (due + 9 * idle) / 10 - none}.items():
+        shares = {
+            "update_ratio_monitor, every step": due - none,
+            "update_ratio_monitor, every 10th": (due + 9 * idle) / 10 - none,
+            f"{SPIKES}, every step": spikes - none,
+        }
+        for variant, added in shares.items():
             percent = 100 * added / (np.median(none) * steps)
             note = f"derived: milliseconds added to one step, over {steps:g} steps as measured"
-            recorder.add(percent, variant=f"update_ratio_monitor, {interval}", unit="% of a 1M-token step", note=note)
+            recorder.add(percent, variant=variant, unit="% of a 1M-token step", note=note)

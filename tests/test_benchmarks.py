@@ -13,7 +13,7 @@ import typer
 from scipy.stats import binom
 
 from benchmarks import data, precision, record, run, sizes, step, trainer
-from benchmarks.monitor import DUE, IDLE, MONITORS, NONE
+from benchmarks.monitor import DUE, IDLE, MONITORS, NONE, SPIKES
 from benchmarks.record import COLUMNS, Recorder, ratio
 
 MAY_BE_EMPTY = {"median", "p10", "p90", "ratio", "ratio_low", "ratio_high", "note"}
@@ -135,11 +135,12 @@ def test_monitor_alternates_within_one_run_of_each_optimizer(tmp_path, monkeypat
         times = {row["variant"]: row for row in rows if row["name"] == name and row["unit"] == "ms"}
         assert times.keys() == MONITORS.keys()
         assert len({row["n"] for row in times.values()}) == 1
-        none, due, idle = (readings[name, variant, "ms"] for variant in (NONE, DUE, IDLE))
+        none, due, idle, spikes = (readings[name, variant, "ms"] for variant in (NONE, DUE, IDLE, SPIKES))
         one_million = 2**20 / 64 * float(times[NONE]["median"])  # a step of this test has 4 sequences of 16 tokens
         shares = {
             "update_ratio_monitor, every step": 100 * (due - none) / one_million,
             "update_ratio_monitor, every 10th": 100 * (0.1 * due + 0.9 * idle - none) / one_million,
+            "spike_recorder, every step": 100 * (spikes - none) / one_million,
         }
         derived = {row["variant"]: row for row in rows if row["name"] == name and row["unit"].startswith("%")}
         assert derived.keys() == shares.keys()
