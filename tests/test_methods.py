@@ -70,6 +70,30 @@ def test_the_stock_models_tied_embeddings_are_refused_the_scale_of_one():
         expand(config | {"model": config["model"] | fix})
 
 
+WRITTEN = {"param_dtype": "bf16", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+
+
+@pytest.mark.parametrize("variables", [{}, {"method": "wesar"}])
+@pytest.mark.parametrize("mixed", [None, "DEFAULT", "pure", {**WRITTEN, "buffer_dtype": "bf16"}])
+def test_an_fsdp1_that_rounds_buffers_is_refused(variables, mixed, monkeypatch):
+    """Composer's DEFAULT casts RoPE's frequencies to bfloat16 under FSDP1. FSDP2 casts no buffers."""
+    model = {"name": "wesar_mpt_causal_lm"}
+    config = {"variables": variables, "precision": "amp_bf16", "model": model, "fsdp_config": {}}
+    rounding = config | {
+        "fsdp_config": {"state_dict_type": "full"} | ({} if mixed is None else {"mixed_precision": mixed})
+    }
+    with pytest.raises(
+        ValueError, match=r"fsdp_config\.mixed_precision: .* write mixed_precision: \{param_dtype: bf16"
+    ):
+        expand(rounding)
+    for right in (config, rounding | {"precision": "fp32"}, rounding | {"model": {"name": "mpt_causal_lm"}}):
+        expand(right)
+    for written in (WRITTEN, "FULL"):
+        expand(config | {"fsdp_config": {"mixed_precision": written}})
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    expand(rounding)
+
+
 @pytest.mark.parametrize(("kind", "known"), [("method", "wesar_small"), ("setting", "rapid, stable")])
 def test_an_unknown_name_lists_the_known_ones(kind, known):
     with pytest.raises(ValueError, match=rf"variables\.{kind}: 'wezar' is not known; use one of .*{known}"):

@@ -5,6 +5,7 @@ own keys take precedence over the method's, and the method's over the setting's.
 setting's key. A file may extend another one (`extends`).
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,24 @@ def _check_data(config: dict[str, Any]) -> None:
             )
 
 
+def _check_buffers(config: dict[str, Any]) -> None:
+    """Refuse an FSDP1 that would round the buffers of our MPT: RoPE's frequencies, fixed gates, singular vectors."""
+    fsdp, precision = config.get("fsdp_config") or {}, config.get("precision") or ""
+    if (config.get("model") or {}).get("name") != "wesar_mpt_causal_lm" or not fsdp or precision == "fp32":
+        return
+    mixed = fsdp.get("mixed_precision", "DEFAULT")
+    if isinstance(mixed, dict):
+        rounds = mixed.get("buffer_dtype") not in (None, "fp32", "float32", "torch.float32")
+    else:
+        rounds = str(mixed).upper() != "FULL"
+    if rounds and os.environ.get("FSDP_VERSION", "1") == "1":
+        raise ValueError(
+            f"fsdp_config.mixed_precision: under FSDP1 {mixed!r} would round RoPE's frequencies, fixed gates and "
+            "singular vectors to 16 bits; write mixed_precision: {param_dtype: bf16, reduce_dtype: fp32, buffer_dtype: "
+            "fp32}, or set FSDP_VERSION=2 in the environment."
+        )
+
+
 def _with_optimizer_gates(config: dict[str, Any]) -> dict[str, Any]:
     """Add the callback that `wesar_adamw` needs."""
     if (config.get("optimizer") or {}).get("name") != "wesar_adamw":
@@ -92,20 +111,22 @@ def expand(config: dict[str, Any], check_data: bool = True) -> dict[str, Any]:
         The expanded config.
 
     Raises:
-        ValueError: If the method or setting is not known, a folder is missing, or `mpt_causal_lm` has tied embeddings
-            with a too large `emb_init_std`.
+        ValueError: If the method or setting is not known, a folder is missing, FSDP1 would round buffers, or
+            `mpt_causal_lm` has tied embeddings with a too large `emb_init_std`.
     """
     variables = config.get("variables") or {}
     if not isinstance(variables, dict):
         raise ValueError(f"variables: {variables!r} is not a mapping; write `variables: {{name: value}}`.")
     defaults = [load(kind, variables[kind]) for kind in _FOLDERS if variables.get(kind) is not None]
     if not defaults:
+        _check_buffers(config)
         return _with_optimizer_gates(config)
     default = OmegaConf.to_container(OmegaConf.merge(*defaults))
     assert isinstance(default, dict)
     merged = OmegaConf.to_container(OmegaConf.merge(_without_nulls(default), config), resolve=True)
     assert isinstance(merged, dict)
     expanded = _with_optimizer_gates({str(key): value for key, value in merged.items()})
+    _check_buffers(expanded)
     _check_stock_model(expanded)
     if check_data:
         _check_data(expanded)
