@@ -196,8 +196,10 @@ def open_hub(source: str, text_key: str) -> IterableDataset:
     if parts is None:
         raise ValueError(f"source {source} is not of the form {HUB}")
     split = parts["split"] or "train"
+    # Without trust_remote_code: false, `datasets` would ask the user whether to run the script of a data set.
+    options = {"split": split, "streaming": True, "trust_remote_code": False}
     try:
-        rows = cast(IterableDataset, load_dataset(parts["name"], parts["config"], split=split, streaming=True))
+        rows = cast(IterableDataset, load_dataset(parts["name"], parts["config"], **options))
     except ValueError as error:
         raise ValueError(f"source {source}: {error}; name one that exists, as in {HUB}") from error
     for _ in _hub_texts(source, rows.take(1), text_key):

@@ -134,6 +134,13 @@ def test_hugging_face_source_names_configuration_and_split(tmp_path):
         assert [row["text"] for row in open_hub(f"hf:{tmp_path}{end}", "text")] == [part]
 
 
+def test_the_script_of_a_data_set_is_not_run(tmp_path):
+    (tmp_path / f"{tmp_path.name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        open_hub(f"hf:{tmp_path}", "text")
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize(
     ("end", "message"),
     [
