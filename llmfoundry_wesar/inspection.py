@@ -118,6 +118,7 @@ def load_config(path: str, overrides: list[str] | None = None, check_data: bool 
         ValueError: If the file or an override is not YAML or has a comment, or a top-level key, the method or the
             setting is not known.
     """
+    OmegaConf.clear_resolver("oc.env")  # as foundry does, so that no YAML reads the environment
     try:
         loaded = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:

@@ -175,6 +175,7 @@ def test_what_is_no_config_is_refused_in_one_line(file, message):
         ("variables.data=#1", """'#1' for a comment; quote the value: 'variables.data="#1"'"""),
         ("variables.data=${nothing}", "Interpolation key 'nothing' not found"),
         ("variables.data=${", "variables.data=${: "),
+        ("variables.data=${oc.env:HOME}", "Unsupported interpolation type oc.env"),
         ("optimizer.lr=null", "optimizer.lr: None is not a positive number"),
         ("optimizer.lr=-1", "optimizer.lr: -1 is not a positive number"),
         ("model.d_model=abc", "model: no model can be built"),
