@@ -110,7 +110,7 @@ def whole(out: str | Path, replace: bool = False) -> Iterator[Path]:
         refuse_existing(out)
         partial.rename(out)
         if old is not None:
-            shutil.rmtree(old)
+            _remove(old)
     except (ValueError, FileExistsError):
         raise
     except Exception as error:

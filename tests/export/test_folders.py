@@ -69,6 +69,17 @@ def _write(out: Path, *names: str, content: str = "new") -> None:
             (folder / name).write_text(content)
 
 
+def test_a_link_is_replaced_and_what_it_means_is_left_alone(tmp_path):
+    """`rmtree` refuses links, after the new folder is in place."""
+    _write(tmp_path / "elsewhere", "weights", content="mine")
+    (tmp_path / "out").symlink_to("elsewhere")
+    (tmp_path / ".out.partial-999999999").symlink_to("elsewhere")
+    _write(tmp_path / "out", "weights")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "out"]
+    assert not (tmp_path / "out").is_symlink() and (tmp_path / "out/weights").read_text() == "new"
+    assert (tmp_path / "elsewhere/weights").read_text() == "mine"
+
+
 def test_a_folder_with_the_same_files_is_replaced(tmp_path):
     _write(tmp_path / "out", "config", "weights", content="old")
     _write(tmp_path / "out", "config", "weights", "index")
