@@ -95,6 +95,13 @@ def test_compare_hands_any_path_and_value_to_the_trainer(nproc, dataset, tmp_pat
     assert load_config(QUICKSTART, list(run.overrides))["variables"] == read["variables"]
 
 
+def test_a_varied_value_cannot_lead_out_of_the_folder(tmp_path):
+    """It is a part of the names of a log and of folders. A file name has at most 255 bytes."""
+    for value in ("../../above", "/absolute", "..", "é" * 300):
+        (run,) = plan(QUICKSTART, ["wesar"], [1], tmp_path, [f"variables.varied={value}"])
+        assert Path(run.name).name == run.name and len(f"{run.name}.txt".encode()) <= 255
+
+
 @pytest.mark.parametrize("character", "#?;{}")
 def test_a_folder_in_which_composer_cannot_save_is_refused(character, tmp_path):
     """Composer reads a save_folder as a URI and as a format string, and would save to another folder."""

@@ -133,6 +133,18 @@ def test_a_tokenizer_file_outside_its_folder_is_refused(trained, tmp_path):
         read_checkpoint(tmp_path / "hostile.pt")
 
 
+def test_a_tokenizer_with_code_is_refused_and_its_code_is_not_run(trained, tmp_path):
+    checkpoint = torch.load(find_checkpoint(trained["wesar"].folder), weights_only=False)
+    tokenizer = checkpoint["state"]["integrations"]["huggingface"]["tokenizer"]
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    tokenizer["tokenizer_config.json"]["content"] |= own
+    tokenizer["own.py"] = {"file_extension": ".py", "content": [f"open({str(tmp_path / 'ran')!r}, 'w')"]}
+    torch.save(checkpoint, tmp_path / "hostile.pt")
+    with pytest.raises(ValueError, match=r"hostile\.pt: its tokenizer cannot be loaded \("):
+        read_checkpoint(tmp_path / "hostile.pt")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_damaged_tokenizer_is_named(trained, tmp_path):
     checkpoint = torch.load(find_checkpoint(trained["wesar"].folder), weights_only=False)
     del checkpoint["state"]["integrations"]["huggingface"]["tokenizer"]["tokenizer.json"]["content"]["model"]

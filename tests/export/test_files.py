@@ -224,6 +224,25 @@ def test_what_cannot_be_read_or_expressed_leaves_nothing(command, trained, expor
         assert not (tmp_path / "out").exists() and not (tmp_path / "ran").exists()
 
 
+def test_code_and_paths_in_a_config_or_a_run_name_are_only_text(trained, exported, tmp_path):
+    """A config may name code for transformers to run. A run may be called like a folder above this one."""
+    folder = shutil.copytree(exported["wesar"], tmp_path / "coded")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    reparameterize(folder, tmp_path / "gated.pt")
+    checkpoint = torch.load(find_checkpoint(trained["wesar"].folder), weights_only=False)
+    checkpoint["state"]["run_name"] = "../../above"
+    torch.save(checkpoint, tmp_path / "named.pt")
+    for format in ("hf", "gguf", "mpt"):
+        export(tmp_path / "named.pt", tmp_path / format / "model", format)
+        assert [path.name for path in (tmp_path / format).iterdir()] == ["model"]
+    left = ["coded", "gated.pt", "gguf", "hf", "mpt", "named.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    assert not (tmp_path.parent / "above").exists() and not (tmp_path.parents[1] / "above").exists()
+
+
 @contextmanager
 def _full_disk(size: int):
     """Let no file grow beyond this number of bytes, as if the disk were full."""
