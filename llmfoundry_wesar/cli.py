@@ -69,7 +69,8 @@ def plot(
         str,
         Option(
             help="The paper's figure: 1 (loss, update ratios of W_d and W_u), 2 (loss), 3 (norms of both), "
-            "8 (gradient norms in a block), 9 (update ratios in a block, also for 10 to 12), or gates."
+            "8 (gradient norms in a block), 9 (update ratios in a block, also for 10 to 12); or gates, roles (update "
+            "ratios of each role), heat (the last update ratios of all matrices, and the curves of the roles)."
         ),
     ] = "1",
     layer: Annotated[

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from llmfoundry_wesar.runs.plot import COLOURS
+from llmfoundry_wesar.figures import COLOURS
 from llmfoundry_wesar.runs.summary import SPIKE_WINDOW
 from results.evidence import (
     LEARNING_RATE,

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from llmfoundry_wesar.runs.plot import COLOURS
+from llmfoundry_wesar.figures import COLOURS
 from results.evidence import LEARNING_RATE, MAIN, SEEDS, Evidence, Series, Verdict, interval
 from results.pictures import dots, panels
 

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from llmfoundry_wesar.runs.plot import STYLE
+from llmfoundry_wesar.figures import STYLE
 
 
 def panels(columns: int, sharey: bool = False, height: float = 3.0) -> tuple[Figure, list[Axes]]:

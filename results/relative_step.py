@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from llmfoundry_wesar.runs.plot import COLOURS
+from llmfoundry_wesar.figures import COLOURS
 from results.evidence import LEARNING_RATE, SEEDS, Evidence, Lacking, Series, Verdict, interval, median_update_ratio
 from results.pictures import dots, panels
 

@@ -2,7 +2,7 @@
 
 from scipy import stats
 
-from llmfoundry_wesar.runs.plot import COLOURS
+from llmfoundry_wesar.figures import COLOURS
 from results.evidence import MAIN, MAIN_SEEDS, Evidence, Series, Verdict, decide
 from results.pictures import dots, panels
 

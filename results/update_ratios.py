@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from llmfoundry_wesar.runs.plot import COLOURS
+from llmfoundry_wesar.figures import COLOURS
 from results.evidence import MAIN, MAIN_SEEDS, Evidence, Series, Verdict, by_role, decide
 from results.pictures import band, panels
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmfoundry_wesar.callbacks.role_monitor import RoleMonitor
 from llmfoundry_wesar.optimizer import optimizer_gates
+from llmfoundry_wesar.roles import by_role
 from llmfoundry_wesar.sharded import Shard, module_path, named_shards, reparameterized_layers
 
 
@@ -79,7 +80,7 @@ class GateMonitor(RoleMonitor):
                 metrics[f"gate/{name}"] = mean
             else:
                 metrics |= {f"gate/{name}/mean": mean, f"gate/{name}/min": least, f"gate/{name}/max": greatest}
-        self.log(logger, metrics, means)
+        self.log(logger, metrics, by_role(means))
 
 
 def _gates(state: State) -> dict[str, Shard]:

@@ -1,17 +1,17 @@
-"""The base class of callbacks that act at an interval, which is a Composer time string."""
+"""Find the steps that are due at an interval, which is a Composer time string."""
 
 import math
 
 from composer.core import Callback, State, Time, Timestamp, TimeUnit
 
 
-def _parse(interval: str | Time) -> Time:
+def _parse(interval: str | Time, key: str, off: str) -> Time:
     try:
         time = Time.from_input(interval)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"interval: {interval!r} is not a time such as '10ba', '1ep' or '1e6tok'.") from error
+        raise ValueError(f"{key}: {interval!r} is not a time such as '10ba', '1ep' or '1e6tok'.") from error
     if time.value <= 0:
-        raise ValueError(f"interval: {interval!r} is not positive; to log nothing, remove the callback.")
+        raise ValueError(f"{key}: {interval!r} is not positive; {off}.")
     return time
 
 
@@ -29,7 +29,7 @@ def _one_step_back(now: Timestamp, batches_per_epoch: int | None) -> Timestamp:
     )
 
 
-class IntervalCallback(Callback):
+class Interval:
     """Find the training steps that are due: the first, and each step before which another interval has ended.
 
     With "10ba" the steps 0, 10, 20, … are due, with "1ep" the first step of each epoch. Checkpoints contain no state of
@@ -38,13 +38,15 @@ class IntervalCallback(Callback):
 
     Args:
         interval: A positive time in Composer's units: ba, ep, sp, tok, sec, or dur for a fraction of the training.
+        key: The key of the interval in a config, for errors.
+        off: How to turn off what happens at the interval, for errors.
 
     Raises:
         ValueError: If `interval` is not such a time.
     """
 
-    def __init__(self, interval: str | Time = "10ba"):
-        self.interval = _parse(interval)
+    def __init__(self, interval: str | Time, key: str = "interval", off: str = "to log nothing, remove the callback"):
+        self.time = _parse(interval, key, off)
         self._passed: int | None = None
 
     def due(self, state: State) -> bool:
@@ -57,7 +59,7 @@ class IntervalCallback(Callback):
 
     def _multiples(self, state: State, timestamp: Timestamp) -> int:
         """Return the number of whole intervals between the start of training and `timestamp`."""
-        unit, length = self.interval.unit, self.interval.value
+        unit, length = self.time.unit, self.time.value
         if unit == TimeUnit.DURATION:
             assert state.max_duration is not None  # set while training
             unit, length = state.max_duration.unit, state.max_duration.value * length
@@ -66,3 +68,22 @@ class IntervalCallback(Callback):
             elapsed += timestamp.batch_in_epoch.value / state.dataloader_len.value
         # Allow for rounding errors: 0.07 × 100 steps are 7.000000000000001.
         return math.floor(elapsed / length + 1e-9)
+
+
+class IntervalCallback(Callback):
+    """The base class of callbacks that act at an interval.
+
+    Args:
+        interval: As for `Interval`.
+
+    Raises:
+        ValueError: As for `Interval`.
+    """
+
+    def __init__(self, interval: str | Time = "10ba"):
+        self._interval = Interval(interval)
+        self.interval = self._interval.time
+
+    def due(self, state: State) -> bool:
+        """Return whether the current step is due. Call this once in each step, before the timestamp advances."""
+        return self._interval.due(state)

@@ -10,7 +10,7 @@ from composer.loggers import Logger
 
 from llmfoundry_wesar.callbacks.charts import add_charts, leave_out_of_summary
 from llmfoundry_wesar.callbacks.interval import IntervalCallback
-from llmfoundry_wesar.roles import by_role, rank, role_name
+from llmfoundry_wesar.roles import rank, role_name
 
 
 class RoleMonitor(IntervalCallback):
@@ -54,15 +54,15 @@ class RoleMonitor(IntervalCallback):
             names = {each.quantity: set(map(role_name, each.matrices(state))) for each in monitors if each.by_role}
             add_charts(logger, {quantity: sorted(roles, key=rank) for quantity, roles in names.items() if roles})
 
-    def log(self, logger: Logger, metrics: Mapping[str, float], values: Mapping[str, float]) -> None:
-        """Log metrics of the matrices, and the range of a quantity over the matrices of each role.
+    def log(self, logger: Logger, metrics: Mapping[str, float], roles: Mapping[str, Mapping[str, float]]) -> None:
+        """Log metrics of the matrices, and the range of the quantity over the matrices of each role.
 
         The first time that a metric is NaN, warn which.
 
         Args:
             logger: The trainer's logger.
             metrics: Key → value, of the matrices.
-            values: Module path → the quantity of the matrix.
+            roles: As from `roles.by_role`.
         """
         broken = [key for key, value in metrics.items() if math.isnan(value)]
         if broken and not self._found_nan:
@@ -76,9 +76,9 @@ class RoleMonitor(IntervalCallback):
         if self.by_matrix and not self._logged:
             leave_out_of_summary(logger, metrics)
             self._logged = True
-        roles = {
+        ranges = {
             f"role_{self.quantity}/{role}/{statistic}": value
-            for role, statistics in (by_role(values) if self.by_role else {}).items()
+            for role, statistics in roles.items()
             for statistic, value in statistics.items()
         }
-        logger.log_metrics((dict(metrics) if self.by_matrix else {}) | roles)
+        logger.log_metrics((dict(metrics) if self.by_matrix else {}) | (ranges if self.by_role else {}))

@@ -1,15 +1,19 @@
 """Log the update ratio of every matrix, measured on the real optimizer step."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from composer.core import State, Time
-from composer.loggers import Logger
-from composer.utils import ensure_tuple
+from composer.loggers import Logger, LoggerDestination
+from composer.utils import dist, ensure_tuple
 
+from llmfoundry_wesar.callbacks.interval import Interval
 from llmfoundry_wesar.callbacks.measurement import METRICS, StepMeasurement, trainable_matrices
 from llmfoundry_wesar.callbacks.role_monitor import RoleMonitor
+from llmfoundry_wesar.figures import Network, draw_heat, pixels
+from llmfoundry_wesar.roles import by_role
 from llmfoundry_wesar.sharded import sum_over_ranks
 
 
@@ -58,6 +62,10 @@ class UpdateRatioMonitor(RoleMonitor):
         exclude: A regular expression. Modules whose path contains a match are not measured.
         by_role: Whether to log the last three rows of the table.
         by_matrix: Whether to log the other rows.
+        picture_interval: A Composer time string. At this interval and at the end of training, a picture is drawn on
+            rank 0 and logged as ``update_ratios``: a heat map of the last update ratios of all matrices, and the curves
+            of the roles since this process started. It needs ``update_ratio`` and a logger that takes pictures. None:
+            no pictures.
 
     Raises:
         ValueError: If an argument is invalid; at the start of training, if an expression matches no matrix or no matrix
@@ -74,6 +82,7 @@ class UpdateRatioMonitor(RoleMonitor):
         exclude: str | None = None,
         by_role: bool = True,
         by_matrix: bool = True,
+        picture_interval: str | Time | None = "0.1dur",
     ):
         super().__init__(interval, by_role, by_matrix)
         self.metrics = ensure_tuple(metrics)
@@ -87,6 +96,11 @@ class UpdateRatioMonitor(RoleMonitor):
         self.include = _compile("include", include)
         self.exclude = _compile("exclude", exclude)
         self._measurement: StepMeasurement | None = None
+        self._pictures = None
+        if picture_interval is not None:
+            key = "callbacks.update_ratio_monitor.picture_interval"
+            self._pictures = Interval(picture_interval, key, "to draw nothing, set it to null")
+        self._history = _History()
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Check the expressions against the model, and add charts to the run."""
@@ -106,6 +120,8 @@ class UpdateRatioMonitor(RoleMonitor):
     @torch.no_grad()
     def after_train_batch(self, state: State, logger: Logger) -> None:
         """Record the values before a due step. Algorithms have clipped the gradients by now."""
+        if self._pictures is not None and self._pictures.due(state):
+            self._log_picture(state, logger)
         if self.due(state):
             matrices = [matrix for matrix in trainable_matrices(state) if self._selects(matrix.name)]
             self._measurement = StepMeasurement(matrices, self.metrics, state.optimizers) if matrices else None
@@ -120,11 +136,50 @@ class UpdateRatioMonitor(RoleMonitor):
         self._measurement = None
         parts = (key.partition("/") for key in metrics)
         ratios = {module: metrics[f"update_ratio/{module}"] for metric, _, module in parts if metric == "update_ratio"}
-        self.log(logger, metrics, ratios)
+        roles = by_role(ratios)
+        self.log(logger, metrics, roles)
+        if self._pictures is not None and dist.get_global_rank() == 0:
+            self._history.add(state.timestamp.batch.value, ratios, roles)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Log the picture of the whole training."""
+        if self._pictures is not None:
+            self._log_picture(state, logger)
+
+    def _log_picture(self, state: State, logger: Logger) -> None:
+        """Draw and log a picture on rank 0, if there is something to show, and a logger that takes pictures."""
+        takers = [type(each).log_images is not LoggerDestination.log_images for each in logger.destinations]
+        if self._history.ratios and any(takers):
+            picture = draw_heat({state.run_name: self._history.network()})
+            logger.log_images(pixels(picture), "update_ratios", channels_last=True, use_table=False)
 
     def _selects(self, name: str) -> bool:
         included = self.include is None or self.include.search(name) is not None
         return included and (self.exclude is None or self.exclude.search(name) is None)
+
+
+class _History:
+    """What the picture shows: the last update ratios, and the ranges of the roles so far."""
+
+    def __init__(self):
+        self.ratios: dict[str, float] = {}  # by module path
+        self.roles: list[str] = []
+        self.steps: list[int] = []
+        self.ranges: list[np.ndarray] = []  # of each step, with the shape (roles, 3)
+
+    def add(self, step: int, ratios: dict[str, float], roles: Mapping[str, Mapping[str, float]]) -> None:
+        """Add what was measured at a step. The curves start again if other matrices are trained than before."""
+        if list(roles) != self.roles:
+            self.roles, self.steps, self.ranges = list(roles), [], []
+        self.ratios = ratios
+        self.steps.append(step)
+        self.ranges.append(np.array([list(statistics.values()) for statistics in roles.values()], dtype=np.float32))
+
+    def network(self) -> Network:
+        """Return what `draw_heat` needs."""
+        steps, ranges = np.array(self.steps), np.stack(self.ranges, axis=-1)
+        title = f"update ratio at step {self.steps[-1]}"
+        return Network(title, self.ratios, {role: (steps, ranges[i]) for i, role in enumerate(self.roles)})
 
 
 def _compile(key: str, pattern: str | None) -> re.Pattern[str] | None:

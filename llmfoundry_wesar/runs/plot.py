@@ -13,13 +13,25 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.cbook import is_math_text
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.mathtext import MathTextParser
 from matplotlib.ticker import LogFormatter
 
-from llmfoundry_wesar.roles import BY_NAME, rank
+from llmfoundry_wesar.figures import (
+    STYLE,
+    UPDATE_RATIO,
+    Network,
+    Ranges,
+    colours_of,
+    draw_heat,
+    draw_roles,
+    label_ends,
+    math_error,
+    symbol,
+    text_gap,
+    token_ticks,
+)
+from llmfoundry_wesar.roles import rank
 from llmfoundry_wesar.runs.scalars import (
     Curve,
     Scalars,
@@ -27,6 +39,7 @@ from llmfoundry_wesar.runs.scalars import (
     load_runs,
     median_update_ratio_quotient,
     replacing,
+    role_ranges,
     write_csv,
 )
 
@@ -48,11 +61,14 @@ FIGURES = {
     "8": Spec("gradient norms of all matrices of a block", "run", ("grad_norm",)),
     "9": Spec("update ratios of all matrices of a block, with --layer also 10 to 12", "run", ("update_ratio",)),
     "gates": Spec("all gates", "role", ("gate",)),
+    "roles": Spec("update ratios of each role, the range of all blocks", "role", ("update_ratio",)),
+    "heat": Spec("last update ratios of all matrices, with the curves of the roles", "run", ("update_ratio",)),
 }
+_OF_NETWORK = ("roles", "heat")  # the figures that show all blocks at once
 
 _QUANTITIES = {
     "loss": "training loss (nats per token)",
-    "update_ratio": r"update ratio $\|\Delta W\| / \|W\|$",
+    "update_ratio": UPDATE_RATIO,
     "weight_norm": r"norm $\|W\|$",
     "grad_norm": r"gradient norm $\|\partial\mathcal{L} / \partial W\|$",
     "gate": r"gate $\alpha$",
@@ -64,21 +80,6 @@ _HOW_TO_LOG = {
     "weight_norm": "with `callbacks: {update_ratio_monitor: {metrics: [update_ratio, weight_norm]}}` in the YAML",
     "grad_norm": "with `callbacks: {update_ratio_monitor: {metrics: [update_ratio, grad_norm]}}` in the YAML",
     "gate": "a model with gates, with `callbacks: {gate_monitor: {by_matrix: true}}` in the YAML",
-}
-
-# Okabe and Ito's colours, which colour-blind readers can distinguish; grey replaces their yellow.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C"]
-
-STYLE: dict[Any, Any] = {
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.xmargin": 0.01,
-    "font.size": 9,
-    "grid.color": "#E4E4E4",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
 }
 
 _SUFFIXES = (".pdf", ".png", ".svg")
@@ -102,6 +103,8 @@ def _check_options(figure: str, layer: int | None = None, smooth: int = 1, x: st
         raise ValueError(f"unknown figure {figure!r}; the figures are: {known}")
     if layer is not None and FIGURES[figure].families == ("loss",):
         raise ValueError(f"figure {figure} shows only the loss: leave out --layer")
+    if layer is not None and figure in _OF_NETWORK:
+        raise ValueError(f"figure {figure} shows all blocks: leave out --layer")
     if smooth < 1:
         raise ValueError(f"--smooth {smooth}: must be at least 1")
     if x not in ("step", "tokens"):
@@ -128,9 +131,12 @@ def select(figure: str, runs: Mapping[str, Scalars], layer: int | None = None) -
     for run, scalars in runs.items():
         for family in spec.families + spec.also:
             found = find_curves(run, scalars, family)
+            if figure == "roles":
+                found = find_curves(run, scalars, "role_update_ratio") or found
             if family != "loss":
                 found = [curve for curve in found if not spec.roles or curve.role in spec.roles]
-                found = found if layer is None and family == "gate" else _in_block(found, layer)
+                if not (layer is None and family == "gate") and figure not in _OF_NETWORK:
+                    found = _in_block(found, layer)
             lacking = set(spec.roles if family != "loss" else ()) - {curve.role for curve in found}
             if family in spec.families and (lacking or not found):
                 of = f" of {' and '.join(sorted(lacking))}" if lacking else ""
@@ -155,24 +161,6 @@ def _moving_average(values: np.ndarray, points: int) -> np.ndarray:
     total = np.convolve(np.where(finite, values, 0), np.ones(points))[: len(values)]
     count = np.convolve(finite, np.ones(points))[: len(values)]
     return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0.5)
-
-
-def _math_error(text: str) -> str:
-    """Return why matplotlib cannot draw a text with `$…$` as a formula; empty if it can."""
-    if not is_math_text(text):
-        return ""
-    try:
-        MathTextParser("path").parse(text)
-    except ValueError as error:
-        return str(error).strip().splitlines()[-1]
-    return ""
-
-
-def _symbol(name: str) -> str:
-    """Return a text for matplotlib: the symbol of a role, or the name of a run, matrix or method."""
-    if name in BY_NAME:
-        return f"$W_{{{name[2:]}}}$"
-    return name.replace("$", r"\$") if _math_error(name) else name
 
 
 def _line_style(curve: Curve, spec: Spec, deepest: int) -> dict[str, Any]:
@@ -204,7 +192,7 @@ def _layout(spec: Spec, panels: Sequence[str]) -> tuple[Figure, dict[str, Axes]]
             for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
                 ticks(LogFormatter(minor_thresholds=(2, 0.5)))
         if spec.panels != "family":
-            axis.set_title(_symbol(panel), fontsize="medium")
+            axis.set_title(symbol(panel), fontsize="medium")
         axis.tick_params(labelbottom=position + columns >= len(panels))
     return picture, axes
 
@@ -213,10 +201,7 @@ def _label_axes(picture: Figure, axes: dict[str, Axes], spec: Spec, curves: Sequ
     blocks = {curve.block for curve in curves if curve.block is not None}
     where = f", block {min(blocks)}" if len(blocks) == 1 else "" if spec.panels == "role" else ", last block"
     if x == "tokens":
-        most = max(axis.get_xlim()[1] for axis in axes.values())
-        unit, x = (1e9, "tokens (billions)") if most >= 1e9 else (1e6, "tokens (millions)")
-        for axis in axes.values():
-            axis.xaxis.set_major_formatter(lambda value, _: f"{value / unit:g}")
+        x = token_ticks(axes.values())
     if spec.panels == "family":
         for family, axis in axes.items():
             axis.set_ylabel(_QUANTITIES[family] + (where if family != "loss" else ""))
@@ -227,29 +212,8 @@ def _label_axes(picture: Figure, axes: dict[str, Axes], spec: Spec, curves: Sequ
         picture.supxlabel(x, fontsize="medium")
 
 
-def _label_ends(axis: Axes, lines: Sequence[tuple[str, Line2D]], gap: float) -> None:
-    """Write each line's name beside its last point. Names are moved to be `gap` apart, as a fraction of the axis."""
-    low, high = axis.get_ylim()
-    ends = []
-    for name, line in lines:
-        values = np.asarray(line.get_ydata(), dtype=float)
-        inside = values[(values >= low) & (values <= high)]
-        if len(inside):
-            height = (axis.transScale + axis.transLimits).transform((1.0, inside[-1]))[1]
-            ends.append((height, name, line.get_color()))
-    ends.sort(key=lambda end: end[0])
-    gap = min(gap, 1 / max(len(ends), 1))
-    heights = [end[0] for end in ends]
-    for index in range(1, len(heights)):
-        heights[index] = max(heights[index], heights[index - 1] + gap)
-    for index in reversed(range(len(heights))):
-        heights[index] = min(heights[index], 1 - gap * (len(heights) - 1 - index))
-    for height, (_, name, colour) in zip(heights, ends, strict=True):
-        axis.annotate(name, (1.01, height), xycoords="axes fraction", color=colour, va="center", annotation_clip=False)
-
-
 def _explain_roles(axis: Axes, spec: Spec, curves: Sequence[Curve]) -> None:
-    styles = {_symbol(role): Curve("", "", "", role) for role in spec.roles}
+    styles = {symbol(role): Curve("", "", "", role) for role in spec.roles}
     if any(curve.virtual for curve in curves):
         styles[r"thin: virtual, $\alpha W$"] = Curve("", "virtual_", "")
     handles = [
@@ -264,13 +228,16 @@ def draw(
     """Draw one of the paper's figures.
 
     In figures 1 to 3 each run has a colour; W_d is a solid line and W_u a dashed one. In 8 and 9 each run has a panel
-    and each role a colour. In `gates` each role has a panel and each run a colour, palest for the first block.
+    and each role a colour. In `gates` each role has a panel and each run a colour, palest for the first block. `roles`
+    and `heat` are those of `draw_roles` and `draw_heat`; their curves come from the metrics of the roles or, without
+    these and in `heat`, from those of the matrices.
 
     Args:
         figure: A name in `FIGURES`.
         runs: Name → metrics, as from `load_runs`.
         layer: Index of the block, from 0. None: the last block of each run; for `gates`, all blocks.
-        smooth: Draw the mean of the last `smooth` logged points, and the points themselves as a pale line.
+        smooth: Draw the mean of the last `smooth` logged points, and the points themselves as a pale line. In `roles`
+            and `heat` the points themselves are left out.
         x: `step` or `tokens`.
 
     Returns:
@@ -282,11 +249,12 @@ def draw(
     _check_options(figure, layer, smooth, x)
     curves = select(figure, runs, layer)
     spec = FIGURES[figure]
+    if figure in _OF_NETWORK:
+        return _draw_network(figure, runs, curves, smooth, x)
     roles = sorted({curve.role for curve in curves}, key=rank)
     panels = {"family": spec.families, "run": list(runs), "role": roles}[spec.panels]
     hues = roles if spec.panels == "run" else list(runs)
-    many = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(hues)))
-    colours = dict(zip(hues, COLOURS if len(hues) <= len(COLOURS) else many, strict=False))
+    colours = colours_of(hues)
     deepest = max(curve.block or 0 for curve in curves)
     with matplotlib.rc_context(STYLE):
         picture, axes = _layout(spec, panels)
@@ -304,19 +272,33 @@ def draw(
             (line,) = axes[panel].plot(xs, values, color=colours[hue], label=f"{curve.run} {curve.metric}", **style)
             first = spec.panels == "family" and panel == panels[0]
             if spec.panels == "run" or (first and curve.role != "W_u" and not curve.virtual):
-                named[panel].append((_symbol(hue), line))
+                named[panel].append((symbol(hue), line))
         _label_axes(picture, axes, spec, curves, x)
         if spec.roles:
             _explain_roles(axes[panels[-1]], spec, curves)
         if spec.panels == "role":
-            handles = [Line2D([], [], color=colours[run], label=_symbol(run)) for run in runs]
+            handles = [Line2D([], [], color=colours[run], label=symbol(run)) for run in runs]
             title = "pale: first block\nfull: last block" if deepest and layer is None else None
             picture.legend(handles=handles, loc="outside right upper", title=title, alignment="left")
         picture.draw_without_rendering()
         for panel, lines in named.items():
-            # A line of text is 0.16 inches high.
-            _label_ends(axes[panel], lines, 0.16 * picture.dpi / axes[panel].bbox.height)
+            label_ends(axes[panel], lines, text_gap(axes[panel]))
     return picture
+
+
+def _draw_network(figure: str, runs: Mapping[str, Scalars], curves: Sequence[Curve], smooth: int, x: str) -> Figure:
+    ranges: dict[str, Ranges] = {}
+    networks = {}
+    for run, scalars in runs.items():
+        logged = {curve.metric: scalars[curve.metric] for curve in curves if curve.run == run}
+        ranges[run] = {
+            role: (_x_values(run, scalars, steps, x), np.array([_moving_average(row, smooth) for row in values]))
+            for role, (steps, values) in role_ranges(logged).items()
+        }
+        ratios = {metric.partition("/")[2]: float(values[-1]) for metric, (_, values) in logged.items()}
+        last = max(steps[-1] for steps, _ in logged.values())
+        networks[run] = Network(f"{symbol(run)}: update ratio at step {last}", ratios, ranges[run])
+    return draw_roles(ranges, x) if figure == "roles" else draw_heat(networks, x)
 
 
 def shown(figure: str, runs: Mapping[str, Scalars], layer: int | None = None, x: str = "step") -> dict[str, Scalars]:
@@ -372,7 +354,7 @@ def plot(
         raise ValueError(f"--csv {csv}: the suffix must be .csv")
     _check_options(figure, layer, smooth, x)
     for label in labels:
-        if error := _math_error(label):
+        if error := math_error(label):
             raise ValueError(f"--label {label}: matplotlib cannot read its formula ({error}); for a $ write \\$")
     runs = load_runs(paths, labels)
     picture = draw(figure, runs, layer, smooth, x)
@@ -400,10 +382,10 @@ def table(runs: Mapping[str, Scalars]) -> str:
     """Make a Markdown table of runs.
 
     Final loss: mean of the last FINAL_BATCHES logged losses. Held-out loss: last loss on the first evaluation set, if
-    there is one. Last column: `median_update_ratio_quotient`.
+    there is one. Last column: `median_update_ratio_quotient`. What a run did not log is a dash.
 
     Raises:
-        ValueError: A run has no loss or no update ratios of W_d and W_u.
+        ValueError: A run has no loss.
     """
     title, width = "median ‖ΔW_d‖/‖W_d‖ ÷ ‖ΔW_u‖/‖W_u‖", max(map(len, ["run", *runs]))
     lines = [f"| {'run':{width}} | final loss | held-out loss | {title} |"]
@@ -412,12 +394,10 @@ def table(runs: Mapping[str, Scalars]) -> str:
         found = find_curves(run, scalars, "loss")
         if not found:
             raise ValueError(f"run {run!r} has no loss metrics: train {_HOW_TO_LOG['loss']}, or leave out --table")
-        try:
-            quotient = median_update_ratio_quotient(scalars)
-        except ValueError as error:
-            raise ValueError(f"run {run!r} has {error}, or leave out --table") from None
+        quotient = median_update_ratio_quotient(scalars)
         _, losses = scalars[found[0].metric]
         held_out = next((f"{scalars[key][1][-1]:.3f}" for key in _held_out(scalars)), "–")
         cells = [f"{losses[-FINAL_BATCHES:].mean(dtype=float):10.3f}", f"{held_out:>13}"]
-        lines.append(f"| {run:{width}} | {' | '.join(cells)} | {quotient:{len(title)}.2f} |")
+        cells.append(f"{'–' if math.isnan(quotient) else f'{quotient:.2f}':>{len(title)}}")
+        lines.append(f"| {run:{width}} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -211,7 +212,10 @@ def load_runs(paths: Sequence[str | Path], labels: Sequence[str] = ()) -> dict[s
 
 
 def find_curves(run: str, scalars: Scalars, prefix: str) -> list[Curve]:
-    """Return the curves of all metrics `<prefix>/<module>`, sorted by role, then block. For `loss`, at most one."""
+    """Return the curves of all metrics `<prefix>/<module>`, sorted by role, then block. For `loss`, at most one.
+
+    `role_update_ratio` has three curves for each role: least, median and greatest.
+    """
     if prefix == "loss":
         metrics = [key for key in ("loss/train/loss", "loss/train/total") if key in scalars]
         return [Curve(run, metric, "loss") for metric in metrics[:1]]
@@ -219,10 +223,36 @@ def find_curves(run: str, scalars: Scalars, prefix: str) -> list[Curve]:
     for metric in scalars:
         # A vector gate is logged as gate/<module>/mean, /min and /max.
         first, module, statistic = [*metric.split("/"), "", ""][:3]
-        if first == prefix and statistic in ("", "mean"):
+        if first == prefix and (statistic in ("", "mean") or prefix.startswith("role_")):
             family = prefix.removeprefix("virtual_")
             curves.append(Curve(run, metric, family, role_name(module), block_index(module)))
     return sorted(curves, key=lambda curve: (rank(curve.role), curve.block or 0))
+
+
+def role_ranges(scalars: Scalars) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return the range of the update ratios of each role, sorted by role: role → (steps, values).
+
+    The rows of the values are the least, median and greatest update ratio over the matrices of the role. They are those
+    that were logged by role; if none were, they are computed from the matrices, at the steps that all of them have.
+    """
+    roles = dict.fromkeys(curve.role for curve in find_curves("", scalars, "role_update_ratio"))
+    if roles:
+        keys = {role: [f"role_update_ratio/{role}/{name}" for name in ("min", "median", "max")] for role in roles}
+        return {role: _common([scalars[key] for key in keys[role]]) for role in roles}
+    matrices: dict[str, list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
+    for curve in find_curves("", scalars, "update_ratio"):
+        matrices[curve.role].append(scalars[curve.metric])
+    common = {role: _common(series) for role, series in matrices.items()}
+    return {
+        role: (steps, np.array([values.min(axis=0), np.median(values, axis=0), values.max(axis=0)]))
+        for role, (steps, values) in common.items()
+    }
+
+
+def _common(series: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the steps that all series have, and their values there, with the shape (series, steps)."""
+    steps = reduce(np.intersect1d, [steps for steps, _ in series])
+    return steps, np.array([values[np.isin(own, steps)] for own, values in series])
 
 
 def write_csv(path: str | Path, runs: Mapping[str, Scalars]) -> None:
@@ -257,8 +287,7 @@ def median_update_ratio_quotient(scalars: Scalars) -> float:
     It is 1 if both matrices move at the same relative pace, as WeSaR intends (section 4.1 of the paper). Steps with a
     ratio that is 0 or not finite, such as skipped steps, do not count.
 
-    Raises:
-        ValueError: No block has update ratios of both matrices.
+    NaN if no block has update ratios of both matrices.
     """
     metrics = {(curve.role, curve.block): curve.metric for curve in find_curves("", scalars, "update_ratio")}
     quotients = []
@@ -270,6 +299,4 @@ def median_update_ratio_quotient(scalars: Scalars) -> float:
             with np.errstate(divide="ignore", invalid="ignore"):
                 quotients += list(ratios_d[at_d].astype(float) / ratios_u[at_u])
     usable = [quotient for quotient in quotients if 0 < quotient < math.inf]
-    if not usable:
-        raise ValueError("no update ratios of W_d and W_u in one block: train with callbacks.update_ratio_monitor")
-    return float(np.median(usable))
+    return float(np.median(usable)) if usable else math.nan

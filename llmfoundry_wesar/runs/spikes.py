@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from llmfoundry_wesar.runs.plot import STYLE
+from llmfoundry_wesar.figures import STYLE
 from llmfoundry_wesar.runs.summary import JUMP_WINDOW, markdown
 
 QUANTITIES = {"update_ratio": "update ratio", "grad_norm": "gradient norm", "gate": "gate"}

@@ -57,7 +57,7 @@ def test_each_logger_gets_what_it_can_show(tmp_path: Path, monkeypatch: pytest.M
         if metadata.CONFIG_SUMMARY_TAG in file.Tags()["tensors"]
         for event in file.Tensors(metadata.CONFIG_SUMMARY_TAG)
     ]
-    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])  # pyright: ignore
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     ratios, gates, loss = layout.category[0].chart
     for chart, quantity, count in ((ratios, "update_ratio", 7), (gates, "gate", 4)):
         shown = {tag for band in chart.margin.series for tag in (band.value, band.lower, band.upper)}

@@ -6,10 +6,12 @@ import re
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from composer import Callback, Logger, State
 from composer.algorithms import GradientClipping
+from composer.loggers import LoggerDestination
 from composer.optim import CosineAnnealingScheduler, DecoupledAdamW
 from llmfoundry.utils.builders import build_callback
 from torch import nn
@@ -18,7 +20,9 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from llmfoundry_wesar.callbacks import UpdateRatioMonitor
 from llmfoundry_wesar.callbacks.update_ratio_monitor import METRICS
+from llmfoundry_wesar.figures import Network, draw_heat, pixels
 from llmfoundry_wesar.layers import Reparameterized
+from llmfoundry_wesar.roles import by_role
 from tests.callbacks.training import MATRICES, SCALAR_GATED, STEPS, VECTOR_GATED, Net, Watched, regression, train
 
 
@@ -249,6 +253,38 @@ def test_snapshot_only_for_update_ratios() -> None:
     assert list(copied.values()) == [5, 0]
 
 
+class Pictures(LoggerDestination):
+    """Keeps the pictures that are logged."""
+
+    def __init__(self) -> None:
+        self.logged: dict[int | None, np.ndarray] = {}
+
+    def log_images(self, images: Any, name: str = "", channels_last: bool = False, step: Any = None, *_: Any) -> None:
+        assert (name, channels_last) == ("update_ratios", True)
+        self.logged[step] = images
+
+
+def test_a_picture_shows_what_was_logged_so_far() -> None:
+    """In the middle of training and at its end; without an interval there is none."""
+    model, pictures = regression(), Pictures()
+    monitor = UpdateRatioMonitor("1ba", picture_interval="0.5dur")
+    logged = train(model, _sgd(model), [monitor], loggers=[pictures], run_name="run")
+    assert list(pictures.logged) == [2, 4]
+    roles = by_role({name: 0.0 for name in MATRICES})
+    for last, picture in pictures.logged.items():
+        assert last is not None and picture.dtype == np.uint8
+        keys = {role: [f"role_update_ratio/{role}/{statistic}" for statistic in roles[role]] for role in roles}
+        ranges = {
+            role: (np.arange(1, last + 1), np.array([[logged[key][i + 1] for i in range(last)] for key in keys[role]]))
+            for role in roles
+        }
+        ratios = {name: logged[f"update_ratio/{name}"][last] for name in MATRICES}
+        expected = draw_heat({"run": Network(f"update ratio at step {last}", ratios, ranges)})
+        np.testing.assert_array_equal(picture, pixels(expected))
+    train(model, _sgd(model), [UpdateRatioMonitor("1ba", picture_interval=None)], loggers=[none := Pictures()])
+    assert not none.logged
+
+
 def test_only_the_chosen_metrics_and_modules() -> None:
     model = regression()
     monitor = UpdateRatioMonitor("2ba", ["update_ratio", "virtual_weight_norm"], r"blocks\.\d|embedding", r"down$")
@@ -276,6 +312,10 @@ def test_wrappers_leave_no_trace_in_names() -> None:
         ({"include": "("}, "include: '(' is not a regular expression"),
         ({"exclude": "*"}, "exclude: '*' is not a regular expression"),
         ({"interval": 10}, "interval: 10 is not a time"),
+        (
+            {"picture_interval": "0ba"},
+            "callbacks.update_ratio_monitor.picture_interval: '0ba' is not positive; to draw nothing, set it to null.",
+        ),
     ],
 )
 def test_bad_argument_is_refused(arguments: dict[str, Any], message: str) -> None:

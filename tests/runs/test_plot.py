@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from llmfoundry_wesar.cli import app
 from llmfoundry_wesar.runs.plot import FIGURES, draw, plot, shown, table
-from llmfoundry_wesar.runs.scalars import Scalars, load_runs, write_csv
+from llmfoundry_wesar.runs.scalars import Scalars, load_runs, role_ranges, write_csv
 from tests.logged_runs import MATRICES, TOKENS_PER_STEP, pretraining, record
 
 Logged = dict[str, dict[str, dict[int, float]]]
@@ -77,7 +77,11 @@ def expected_metrics(figure: str) -> dict[str, list[str]]:
     }[figure]
 
 
-@pytest.mark.parametrize("figure", FIGURES)
+OF_NETWORK = ("roles", "heat")
+OF_METRICS = [figure for figure in FIGURES if figure not in OF_NETWORK]
+
+
+@pytest.mark.parametrize("figure", OF_METRICS)
 def test_each_figure_draws_exactly_what_was_logged(figure: str, runs: dict[str, Scalars], logged: Logged):
     """A figure has all its curves and no other, at the logged values, which TensorBoard rounds to float32."""
     expected = expected_metrics(figure)
@@ -133,6 +137,71 @@ def test_gates_have_a_panel_for_each_role_and_darken_with_depth(runs: dict[str, 
     assert opacity == sorted(set(opacity)) and opacity[-1] == 1
 
 
+ROLES = {"W_q": "attn.Wq", "W_o": "attn.out_proj", "W_u": "ffn.up_proj", "W_d": "ffn.down_proj"}
+
+
+@pytest.mark.parametrize("figure", OF_NETWORK)
+def test_roles_have_the_median_and_the_range_of_all_blocks(figure: str, runs: dict[str, Scalars], logged: Logged):
+    picture, drawn = draw(figure, runs), {}
+    bands = {axis: list(axis.collections) for axis in picture.axes}
+    for label, line in lines(picture).items():
+        outline = bands[line.axes].pop(0).get_paths()[0].vertices  # in the order of the lines
+        ends = [outline[outline[:, 0] == step, 1] for step in line.get_xdata()]
+        drawn[label] = line, [(end.min(), end.max()) for end in ends]
+    assert len(drawn) == 8 + 9, "the gated run has a GLU"
+    for run, blocks in (("small_init", 3), ("wesar", 5)):
+        for role, name in ROLES.items():
+            line, band = drawn[f"{run} role_update_ratio/{role}/median"]
+            series = [logged[run][f"update_ratio/{BLOCK}.{block}.{name}"] for block in range(blocks)]
+            values = np.float32([list(points.values()) for points in series])
+            np.testing.assert_array_equal(line.get_xdata(), list(series[0]))
+            np.testing.assert_array_equal(line.get_ydata(), values[blocks // 2])
+            np.testing.assert_allclose(band, np.array([values[0], values[-1]]).T, rtol=1e-12)
+
+
+def test_roles_are_drawn_alike_from_their_own_metrics(runs: dict[str, Scalars]):
+    """The metrics of the roles suffice for `roles`, and have other keys only if they were logged."""
+    ranges = role_ranges(runs["wesar"])
+    metrics = {
+        f"role_update_ratio/{role}/{name}": (steps, row)
+        for role, (steps, values) in ranges.items()
+        for name, row in zip(("min", "median", "max"), values, strict=True)
+    }
+    from_matrices, from_roles = (lines(draw("roles", {"run": scalars})) for scalars in (runs["wesar"], metrics))
+    assert from_matrices.keys() == from_roles.keys()
+    for label, line in from_roles.items():
+        np.testing.assert_array_equal(line.get_xydata(), from_matrices[label].get_xydata())
+    with pytest.raises(ValueError, match="run 'run' has no update_ratio metrics, which figure heat shows"):
+        draw("heat", {"run": metrics})
+
+
+def test_roles_have_a_panel_each_and_the_names_of_runs_beside_the_last(runs: dict[str, Scalars]):
+    picture = draw("roles", runs)
+    assert [axis.get_title() for axis in picture.axes] == [
+        f"$W_{{{role}}}$" for role in ("e", "q", "k", "v", "o", "g", "u", "d", "p")
+    ]
+    assert len({axis.get_ylim() for axis in picture.axes}) == 1
+    named = {axis.get_title(): {text.get_text() for text in axis.texts} for axis in picture.axes if axis.texts}
+    assert named == {"$W_{v}$": set(runs), "$W_{d}$": set(runs), "$W_{p}$": set(runs)}
+
+
+def test_a_heat_map_has_every_matrix_in_its_place(runs: dict[str, Scalars], logged: Logged):
+    picture = draw("heat", runs)
+    maps = [axis for axis in picture.axes if axis.images]
+    scales = {(axis.images[0].norm.vmin, axis.images[0].norm.vmax) for axis in maps}
+    assert len(scales) == 1 and len({axis.get_ylim() for axis in picture.axes if axis.lines}) == 1
+    for axis, (run, blocks) in zip(maps, (("small_init", 3), ("wesar", 5)), strict=True):
+        rows = [text.get_text() for text in axis.get_yticklabels()]
+        cells = axis.images[0].get_array()
+        assert cells.shape == (len(rows), blocks)
+        assert axis.get_title() == f"{run}: update ratio at step {15 if blocks == 5 else 9}"
+        last = {metric: list(points.values())[-1] for metric, points in logged[run].items()}
+        for role, name in ROLES.items():
+            expected = np.float32([last[f"update_ratio/{BLOCK}.{block}.{name}"] for block in range(blocks)])
+            np.testing.assert_array_equal(cells[rows.index(f"$W_{{{role[2:]}}}$")], expected)
+        assert set(cells[0]) == {np.float32(last["update_ratio/model.transformer.wte"])}
+
+
 def test_virtual_norms_are_thin(runs: dict[str, Scalars]):
     drawn = lines(draw("3", runs))
     for name in ("up_proj", "down_proj"):
@@ -175,7 +244,7 @@ def test_smoothing_is_a_trailing_mean_before_the_points_themselves(tmp_path: Pat
 @pytest.mark.parametrize("x", ["step", "tokens"])
 @pytest.mark.parametrize("figure", FIGURES)
 def test_csv_of_a_figure_draws_it_again(figure: str, x: str, tmp_path: Path, runs: dict[str, Scalars]):
-    runs = {run: runs[run] for run in expected_metrics(figure)}
+    runs = runs if figure in OF_NETWORK else {run: runs[run] for run in expected_metrics(figure)}
     before = draw(figure, runs, x=x)
     write_csv(tmp_path / "curves.csv", shown(figure, runs, x=x))
     again = load_runs([tmp_path / "curves.csv"])
@@ -185,7 +254,12 @@ def test_csv_of_a_figure_draws_it_again(figure: str, x: str, tmp_path: Path, run
         np.testing.assert_array_equal(lines(after)[label].get_xydata(), line.get_xydata())
         assert lines(after)[label].get_color() == line.get_color()
     keys = {f"{run} {metric}" for run, scalars in again.items() for metric in scalars}
-    assert keys - {f"{run} time/token" for run in runs} == lines(before).keys(), "nothing but what the figure shows"
+    expected = set(lines(before))
+    if figure in OF_NETWORK:
+        expected = {
+            f"{run} {key}" for run, scalars in runs.items() for key in scalars if key.startswith("update_ratio/")
+        }
+    assert keys - {f"{run} time/token" for run in runs} == expected, "nothing but what the figure shows"
 
 
 @pytest.mark.parametrize("count", [8, 13])
@@ -242,6 +316,7 @@ def test_a_run_without_any_number_has_no_name_in_the_picture(tmp_path: Path):
         ({"figure": "9", "layer": 3}, "run 'small_init' has no update_ratio metrics of block 3: .* blocks are 0, 1, 2"),
         ({"figure": "1", "layer": -1}, "no update_ratio metrics of block -1: --layer counts from 0"),
         ({"figure": "2", "layer": 0}, "figure 2 shows only the loss: leave out --layer"),
+        ({"figure": "heat", "layer": 0}, "figure heat shows all blocks: leave out --layer"),
         ({"figure": "2", "x": "epoch"}, "--x epoch: must be step or tokens"),
         ({"figure": "2", "smooth": 0}, "--smooth 0: must be at least 1"),
     ],
@@ -347,13 +422,19 @@ def test_table_has_the_losses_and_the_quotient_from_logs_and_from_its_csv(
         assert row == [run, f"{final:.3f}", (held_out or ["–"])[-1], f"{quotient:.2f}"]
 
 
-def test_a_table_that_a_run_lacks_the_metrics_of_leaves_nothing_half_done(tmp_path: Path):
-    write_csv(tmp_path / "one.csv", {"one": {"loss/train/total": (np.array([0]), np.float32([1]))}})
-    options = ["--out", str(tmp_path / "2.png"), "--csv", str(tmp_path / "2.csv"), "--figure", "2", "--table"]
+def test_a_table_has_a_dash_for_what_was_not_logged_and_needs_a_loss(tmp_path: Path):
+    """Without update ratios, or with those of other matrices only, there is no quotient of W_d and W_u."""
+    one = np.array([0]), np.float32([1])
+    ratios = ["update_ratio/model.transformer.h.0.attn.c_attn", "role_update_ratio/W_d/median"]
+    others = {"none": {"loss/train/total": one}, "others": dict.fromkeys(["loss/train/total", *ratios], one)}
+    for row in table(others).splitlines()[2:]:
+        assert [cell.strip() for cell in row.split("|")[2:-1]] == ["1.000", "–", "–"]
+    write_csv(tmp_path / "one.csv", {"one": {"update_ratio/a": one}})
+    options = ["--out", str(tmp_path / "2.png"), "--csv", str(tmp_path / "2.csv"), "--figure", "heat", "--table"]
     result = CliRunner().invoke(app, ["plot", str(tmp_path / "one.csv"), *options])
     assert result.exit_code == 1
     (line,) = result.output.splitlines()
-    assert "run 'one' has no update ratios of W_d and W_u" in line and line.endswith(", or leave out --table")
+    assert "run 'one' has no loss metrics" in line and line.endswith(", or leave out --table")
     assert list(tmp_path.iterdir()) == [tmp_path / "one.csv"]
     with pytest.raises(ValueError, match=r"run 'none' has no loss metrics: .* --table"):
         table({"none": {}})

@@ -1,6 +1,6 @@
 import itertools
 import lzma
-import re
+import math
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -267,8 +267,7 @@ def test_median_quotient_by_hand():
         f"{path}.2.ffn.down_proj": series({0: 1000}),
     }
     assert median_update_ratio_quotient(run) == 4
-    with pytest.raises(ValueError, match=re.escape("callbacks.update_ratio_monitor")):
-        median_update_ratio_quotient({f"{path}.2.ffn.down_proj": series({0: 1000})})
+    assert math.isnan(median_update_ratio_quotient({f"{path}.2.ffn.down_proj": series({0: 1000})}))
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path):
