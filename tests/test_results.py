@@ -49,6 +49,7 @@ def test_each_run_is_trained_once_and_kept_whole(tmp_path: Path, dataset: Path):
         "max_duration=3ba",
         "scheduler.t_warmup=1ba",
         "callbacks.update_ratio_monitor.interval=1ba",
+        "callbacks.update_ratio_monitor.picture_interval=null",
     ]
     tiny += ["model.d_model=32", "model.n_layers=2", "model.n_heads=2", "model.vocab_size=97"]
     series, work, folder = [Series(("wesar",), (1,))], tmp_path / "work", tmp_path / "kept"

@@ -34,6 +34,7 @@ TINY = [
     "optimizer.lr=5e-3",
     "callbacks.update_ratio_monitor.interval=1ba",
     "callbacks.update_ratio_monitor.metrics=[update_ratio,virtual_update_ratio,weight_norm,grad_norm]",
+    "callbacks.update_ratio_monitor.picture_interval=null",  # drawing takes longer than these runs
     "callbacks.gate_monitor.interval=1ba",
     "loggers.inmemory={}",
     "log_to_console=false",

@@ -34,6 +34,7 @@ LENGTH, VOCABULARY, BATCH, BATCHES = 16, 64, 8, 4
 # The quickstart with a model of two blocks, d = 32.
 TINY = [f"max_seq_len={LENGTH}", f"max_duration={BATCHES}ba", "console_log_interval=1ba", "scheduler.t_warmup=2ba"]
 TINY += [f"global_train_batch_size={BATCH}", f"device_train_microbatch_size={BATCH}"]
+TINY += ["callbacks.update_ratio_monitor.picture_interval=null"]  # drawing takes longer than these runs
 TINY += ["model.d_model=32", "model.n_layers=2", "model.n_heads=2", f"model.vocab_size={VOCABULARY}"]
 
 

@@ -71,7 +71,7 @@ def test_reads_what_a_trainer_logged(tmp_path: Path):
         optimizers=torch.optim.AdamW(model.parameters(), lr=1e-2),
         max_duration="6ba",
         eval_interval="2ba",
-        callbacks=[UpdateRatioMonitor(interval="2ba")],
+        callbacks=[UpdateRatioMonitor(interval="2ba", picture_interval=None)],
         loggers=[memory, TensorboardLogger(log_dir=str(tmp_path), flush_interval=1)],
         run_name="real",
         device="cpu",
