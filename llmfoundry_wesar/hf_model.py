@@ -22,11 +22,10 @@ from llmfoundry_wesar.initialization import (
     check_init_config,
     check_tied_embedding,
     init_matrix,
-    is_number,
     residual_divisor,
 )
+from llmfoundry_wesar.keys import arguments, did_you_mean, is_number
 from llmfoundry_wesar.losses import IGNORE_INDEX
-from llmfoundry_wesar.model import arguments, did_you_mean
 from llmfoundry_wesar.roles import BY_NAME, find_role
 
 # Names of the activation in front of W_d in the configs of transformers.

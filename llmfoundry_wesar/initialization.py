@@ -8,7 +8,7 @@ under the param init functions of this file plain matrices too. Foundry's own mo
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from llmfoundry.models.layers.attention import GroupedQueryAttention
@@ -18,6 +18,7 @@ from llmfoundry.models.utils.param_init_fns import generic_param_init_fn_, summo
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from llmfoundry_wesar.keys import is_number
 from llmfoundry_wesar.layers import GainInit, Reparameterized, ScaledEmbedding
 from llmfoundry_wesar.roles import ROLES, Role, find_role
 
@@ -85,8 +86,13 @@ def backbone_std(role: Role, backbone: Backbone, fan_in: int, d_model: int, div_
 
 
 def embedding_std(init_config: Mapping[str, Any], d_model: int) -> float | None:
-    """Return σ_e of a plain embedding under `model.init_config`, or None if the init function is not known."""
-    if std := init_config.get("emb_init_std"):
+    """Return σ_e of a plain embedding under `model.init_config`, or None if the init function is not known.
+
+    Raises:
+        ValueError: As in `check_embedding_init`.
+    """
+    check_embedding_init(init_config)
+    if (std := init_config.get("emb_init_std")) is not None:
         return std
     if (limit := init_config.get("emb_init_uniform_lim")) is not None:
         low, high = limit if isinstance(limit, Sequence) else (-limit, limit)
@@ -95,9 +101,28 @@ def embedding_std(init_config: Mapping[str, Any], d_model: int) -> float | None:
     return backbone and backbone_std(ROLES["wte"], backbone, d_model, d_model, 1.0)
 
 
-def is_number(value: Any) -> bool:
-    """Return whether a value of a config is a number. In Python a boolean is an int, so it is excluded."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def check_embedding_init(init_config: Mapping[str, Any]) -> None:
+    """Refuse wrong values of foundry's keys for the initial embedding.
+
+    Raises:
+        ValueError: If both keys are set, or a value gives no positive standard deviation.
+    """
+    std, limit = init_config.get("emb_init_std"), init_config.get("emb_init_uniform_lim")
+    if std is not None and not (is_number(std) and std > 0):
+        raise ValueError(f"model.init_config.emb_init_std: {std!r} is not a positive number.")
+    if limit is None:
+        return
+    if std is not None:
+        raise ValueError(
+            f"model.init_config.emb_init_uniform_lim: {limit!r} is not used, because emb_init_std: {std!r} is set; "
+            "remove one of them."
+        )
+    low, high = cast(Any, limit if isinstance(limit, Sequence) and len(limit) == 2 else (0, limit))
+    if not (is_number(low) and is_number(high) and low < high):
+        raise ValueError(
+            f"model.init_config.emb_init_uniform_lim: {limit!r} is neither a positive number nor a list of a lower and "
+            "a higher one."
+        )
 
 
 def fan_in(module: nn.Module) -> int:
@@ -229,53 +254,38 @@ def init_matrix(
     return True
 
 
-def check_init_config(
-    name: str,
-    sigma: Any = None,
-    backbone: Any = "he",
-    gain_init: Any = "method",
-    init_div_is_residual: Any = True,
-    emb_init_std: Any = None,
-    **kwargs: Any,
-) -> None:
+def check_init_config(name: str, init_div_is_residual: Any = True, **options: Any) -> None:
     """Refuse a `model.init_config` of `wesar_` or `he_init_` with a wrong value or a key that it does not use.
 
     Args:
         name: The init function.
-        sigma: As for `wesar_`.
-        backbone: As for `wesar_`.
-        gain_init: As for `wesar_`.
         init_div_is_residual: As for `residual_divisor`.
-        emb_init_std: As for `he_init_`.
-        **kwargs: All other keys. Foundry's keys are accepted if they have foundry's default value.
+        **options: All other keys. Foundry's keys are accepted if they have foundry's default value, and the keys of the
+            other function if they are null.
 
     Raises:
         ValueError: If a key is unknown or a value is not allowed.
     """
     residual_divisor(init_div_is_residual, 1)
-    known = {"init_div_is_residual"}
+    own = ("sigma", "backbone", "gain_init") if name == "wesar_" else ("emb_init_std",)
     if name == "wesar_":
-        known |= {"sigma", "backbone", "gain_init"}
-        if not is_number(sigma) or not 0 < sigma < math.inf:
+        sigma: Any = options.get("sigma")
+        if not is_number(sigma) or not sigma > 0:
             raise ValueError(
                 f"model.init_config.sigma: {sigma!r} is not a positive number; the paper's is 0.0063245553 (σ² = 4e-5)."
             )
-        for key, value, choices in (("backbone", backbone, Backbone), ("gain_init", gain_init, GainInit)):
-            if value not in get_args(choices):
+        for key, choices in (("backbone", Backbone), ("gain_init", GainInit)):
+            if (value := options.get(key, get_args(choices)[0])) not in get_args(choices):
                 raise ValueError(f"model.init_config.{key}: {value!r} is not one of {', '.join(get_args(choices))}.")
-        unused = {"emb_init_std": emb_init_std}
     else:
-        known |= {"emb_init_std"}
-        if emb_init_std is not None and (not is_number(emb_init_std) or not 0 < emb_init_std < math.inf):
-            raise ValueError(f"model.init_config.emb_init_std: {emb_init_std!r} is not a positive number.")
-        unused = {"sigma": sigma}
-    kwargs |= {key: value for key, value in unused.items() if value is not None}
-    for key, value in kwargs.items():
-        if key not in init_config_defaults or value != init_config_defaults[key]:
-            raise ValueError(
-                f"model.init_config.{key}: {value!r} is not used by {name}; remove it. "
-                f"Known keys: {', '.join(sorted(known))}."
-            )
+        check_embedding_init({"emb_init_std": options.get("emb_init_std")})
+    for key, value in options.items():
+        if key in own or value is None or init_config_defaults.get(key) == value:
+            continue
+        raise ValueError(
+            f"model.init_config.{key}: {value!r} is not used by {name}; remove it. "
+            f"Known keys: {', '.join(sorted((*own, 'init_div_is_residual')))}."
+        )
 
 
 def check_tied_embedding(emb_init_std: Any, d_model: int, untie: str) -> None:
@@ -330,7 +340,7 @@ def wesar_(
         ValueError: If a key is unknown, σ is missing or not positive, or a matrix has no gate or no role.
     """
     kwargs.pop("name", None)
-    check_init_config("wesar_", sigma, backbone, gain_init, init_div_is_residual, **kwargs)
+    check_init_config("wesar_", init_div_is_residual, sigma=sigma, backbone=backbone, gain_init=gain_init, **kwargs)
     assert sigma is not None
     init = MatrixInit(backbone, d_model, float(sigma), gain_init)
     generic_param_init_fn_(module, init, n_layers, d_model, init_div_is_residual)
@@ -365,5 +375,5 @@ def he_init_(
         ValueError: If a key is unknown, a matrix is reparameterised, or the role of a matrix is not known.
     """
     kwargs.pop("name", None)
-    check_init_config("he_init_", init_div_is_residual=init_div_is_residual, emb_init_std=emb_init_std, **kwargs)
+    check_init_config("he_init_", init_div_is_residual, emb_init_std=emb_init_std, **kwargs)
     generic_param_init_fn_(module, MatrixInit("he", d_model), n_layers, d_model, init_div_is_residual, emb_init_std)

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 import yaml
-from llmfoundry.models.mpt import MPTConfig, MPTForCausalLM
+from llmfoundry.models.mpt import MPTConfig
 from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from transformers.modeling_utils import PreTrainedModel
 
-from llmfoundry_wesar.hf_model import ComposerWeSaRHFCausalLM, check_hf_keys, role_init
+from llmfoundry_wesar.check import check_config, meta_model
+from llmfoundry_wesar.hf_model import role_init
 from llmfoundry_wesar.initialization import (
     BACKBONES,
     assign_roles,
@@ -23,15 +24,13 @@ from llmfoundry_wesar.initialization import (
     check_tied_embedding,
     embedding_std,
     fan_in,
-    is_number,
     residual_divisor,
 )
+from llmfoundry_wesar.keys import did_you_mean
 from llmfoundry_wesar.layers import Reparameterized, ScaledEmbedding
 from llmfoundry_wesar.methods import expand
-from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM, check_keys, did_you_mean
-from llmfoundry_wesar.optimizer import WeSaRAdamW, second_gate
+from llmfoundry_wesar.model import WeSaRMPTConfig
 from llmfoundry_wesar.roles import Role
-from llmfoundry_wesar.sharded import reparameterized_layers
 
 
 @dataclass(frozen=True)
@@ -132,13 +131,15 @@ def load_config(path: str, overrides: list[str] | None = None, check_data: bool 
             loaded = OmegaConf.merge(loaded, OmegaConf.from_cli([text]))
         except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
             raise ValueError(f"{text}: {error}") from error
+        except TypeError as error:
+            raise ValueError(f"{text}: the YAML has a mapping here; write key.subkey=value.") from error
         _check_comment(text)
     for key in loaded:
         if key not in TRAIN_CONFIG_KEYS:
             fix = did_you_mean(str(key), TRAIN_CONFIG_KEYS, "put your own variables under `variables`.")
             raise ValueError(f"{key}: this is not a key of a training config; {fix}")
     try:
-        config = expand(OmegaConf.to_container(loaded, resolve=True), check_data)  # type: ignore[arg-type]
+        config = expand(OmegaConf.to_container(loaded, resolve=True), check_data, check_keys=False)  # type: ignore[arg-type]
         # As in foundry, after the config transforms too: a `\\${` has become a `${` by now.
         return OmegaConf.to_container(OmegaConf.create(config), resolve=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
@@ -164,45 +165,33 @@ class _Start:
     output_std: float | None = None
 
 
-def _mpt(name: str, section: dict[str, Any]) -> tuple[nn.Module, _Start]:
-    """Build an MPT, ours or foundry's, with roles, on the meta device."""
-    for key in ("loss_fn", "use_train_metrics", "additional_train_metrics", "master_weights_dtype"):
-        section.pop(key, None)
-    config = (WeSaRMPTConfig if name == "wesar_mpt_causal_lm" else MPTConfig)(**{**section, "init_device": "meta"})
+def _start(model: PreTrainedModel, section: Mapping[str, Any]) -> _Start:
+    """Check that the model of a config can be initialised by role, give it the roles, and return its start."""
+    if section["name"] == "wesar_hf_causal_lm":
+        if section.get("pretrained", True):
+            raise ValueError(
+                "model.pretrained: true is not supported by inspect, which reads no weights; set it to false."
+            )
+        role_init(model, section["init_config"])
+        init, config = section["init_config"], model.config
+        return _Start(init, config.num_hidden_layers, config.hidden_size, embedding_std(init, config.hidden_size))
+    config = model.config
+    assert isinstance(config, MPTConfig)
     init = config.init_config
     if init["name"] not in ("wesar_", *BACKBONES):
         raise ValueError(
             f"model.init_config.name: {init['name']!r} is not supported; use wesar_, he_init_ or small_init_."
         )
     if isinstance(config, WeSaRMPTConfig):
-        return WeSaRMPTForCausalLM(config), _Start(init, config.n_layers, config.d_model, config.embedding_std)
+        return _Start(init, config.n_layers, config.d_model, config.embedding_std)
     if config.tie_word_embeddings:
         check_tied_embedding(init.get("emb_init_std"), config.d_model, "model.tie_word_embeddings")
-    model = MPTForCausalLM(config)
-    model.apply(model.param_init_fn)  # on the meta device this only checks that it could initialise the model
+    # On the meta device this only checks that it could initialise the model.
+    model.apply(model.param_init_fn)  # type: ignore[arg-type]
     assign_roles(model, (config.ffn_config.get("ffn_act_fn") or {"name": "gelu"})["name"])
     # Foundry builds lm_head after the init function has run, so it keeps torch's U(−1/√d, 1/√d).
     output_std = None if section.get("init_device") == "meta" else 1 / math.sqrt(3 * config.d_model)
-    return model, _Start(init, config.n_layers, config.d_model, embedding_std(init, config.d_model), output_std)
-
-
-def _hf(section: dict[str, Any]) -> tuple[nn.Module, _Start]:
-    """Build a Hugging Face decoder with roles on the meta device."""
-    check_hf_keys(section)
-    if section.get("pretrained", True):
-        raise ValueError("model.pretrained: true is not supported by inspect, which reads no weights; set it to false.")
-    config = ComposerWeSaRHFCausalLM.build_config(
-        section["pretrained_model_name_or_path"],
-        trust_remote_code=section.get("trust_remote_code", True),
-        use_auth_token=section.get("use_auth_token", False),
-        attn_implementation="eager",
-        config_overrides=section.get("config_overrides") or {},
-    )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    role_init(model, section["init_config"])
-    init, d_model = section["init_config"], config.hidden_size
-    return model, _Start(init, config.num_hidden_layers, d_model, embedding_std(init, d_model))
+    return _Start(init, config.n_layers, config.d_model, embedding_std(init, config.d_model), output_std)
 
 
 def _matrix(module: nn.Module, role: Role, start: _Start, lr: float, sigma: float | None) -> Matrix:
@@ -225,7 +214,7 @@ def _matrix(module: nn.Module, role: Role, start: _Start, lr: float, sigma: floa
         wanted = start.output_std
     else:
         divisor = residual_divisor(start.init.get("init_div_is_residual", True), start.n_layers)
-        backbone = start.init.get("backbone") or BACKBONES.get(start.init["name"], "he")
+        backbone = BACKBONES.get(start.init["name"]) or start.init.get("backbone", "he")
         wanted = backbone_std(role, backbone, fan_in(module), start.d_model, divisor)
     std, gate = wanted, None
     if isinstance(module, Reparameterized):
@@ -234,17 +223,6 @@ def _matrix(module: nn.Module, role: Role, start: _Start, lr: float, sigma: floa
     elif sigma is not None:
         std, gate = sigma, wanted / sigma
     return Matrix(role.name, (rows, columns), 1, type(module).__name__, wanted * scale, std, gate, lr / std)
-
-
-def _optimizer_gates(options: Mapping[str, Any], model: nn.Module) -> WeSaRAdamW:
-    """Build `wesar_adamw`, which checks its options and knows which parameters have a gate."""
-    if layers := reparameterized_layers(model):
-        raise ValueError(second_gate(f"model.{next(iter(layers))}"))
-    options = {key: value for key, value in options.items() if key not in ("name", "param_groups", "disable_grad")}
-    try:
-        return WeSaRAdamW([(f"model.{name}", parameter) for name, parameter in model.named_parameters()], **options)
-    except TypeError as error:
-        raise ValueError(f"optimizer: {error}.") from error
 
 
 def inspect_config(config: dict[str, Any]) -> Inspection:
@@ -262,28 +240,15 @@ def inspect_config(config: dict[str, Any]) -> Inspection:
     for section, key in (("model", "name"), ("optimizer", "lr")):
         if not isinstance(config.get(section), Mapping) or key not in config[section]:
             raise ValueError(f"{section}.{key} is missing: inspect needs a training YAML.")
-    section = dict(config["model"])
-    name = section.pop("name")
-    if name not in ("wesar_mpt_causal_lm", "mpt_causal_lm", "wesar_hf_causal_lm"):
+    section = config["model"]
+    if section["name"] not in ("wesar_mpt_causal_lm", "mpt_causal_lm", "wesar_hf_causal_lm"):
         raise ValueError(
-            f"model.name: {name!r} is not supported by inspect; use wesar_mpt_causal_lm, mpt_causal_lm or "
+            f"model.name: {section['name']!r} is not supported by inspect; use wesar_mpt_causal_lm, mpt_causal_lm or "
             "wesar_hf_causal_lm."
         )
-    optimizer = config["optimizer"]
-    lr = optimizer["lr"]
-    if not is_number(lr) or not lr > 0:
-        raise ValueError(f"optimizer.lr: {lr!r} is not a positive number; the paper's is 1.0e-3 (rapid) or 5.0e-4.")
-    if name == "wesar_mpt_causal_lm":
-        check_keys(section)
-    try:
-        model, start = _hf(section) if name == "wesar_hf_causal_lm" else _mpt(name, section)
-    except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
-        # Foundry does not check most types, so a wrong one raises one of these errors.
-        raise ValueError(
-            f"model: no model can be built from these values ({type(error).__name__}: {error}); compare their types "
-            "with those in yamls/130m.yaml."
-        ) from error
-    gates = _optimizer_gates(optimizer, model) if optimizer.get("name") == "wesar_adamw" else None
+    model = meta_model(section)
+    start = _start(model, section)
+    gates, lr = check_config(config, model), config["optimizer"]["lr"]
     matrices: dict[tuple, Matrix] = {}
     for module in model.modules():
         role = getattr(module, "role", None)

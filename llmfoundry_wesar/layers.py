@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from llmfoundry_wesar import functional
 from llmfoundry_wesar.functional import GateShape
 
+NO_POWER_ITERATION = (
+    "callbacks.power_iteration is missing: σReparam needs one power iteration a step, else ‖W‖₂ is not updated. Add "
+    "`callbacks: {power_iteration: {}}`."
+)
 GainInit = Literal["method", "backbone"]
 # What torch accepts as a device.
 Device = torch.device | str | None
@@ -255,6 +259,8 @@ class SpectrallyNormalized(Reparameterized):
     right: Tensor
 
     def _add_gate(self, differentiable_norm: bool) -> None:
+        if not isinstance(differentiable_norm, bool):
+            raise ValueError(f"model.fc_type.differentiable_norm: {differentiable_norm!r} is not one of true, false.")
         self.gate = nn.Parameter(self.weight.new_ones(1))
         self.differentiable_norm = differentiable_norm
         self.iterate: bool | None = None
@@ -303,10 +309,7 @@ class SpectrallyNormalized(Reparameterized):
         if not self.training:
             return
         if self.iterate is None:
-            raise RuntimeError(
-                "callbacks.power_iteration is missing: σReparam needs one power iteration a step, else ‖W‖₂ is not "
-                "updated. Add `callbacks: {power_iteration: {}}`."
-            )
+            raise RuntimeError(NO_POWER_ITERATION)
         if self.iterate:
             self.iterate_()
             self.iterate = False

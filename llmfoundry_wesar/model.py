@@ -1,11 +1,9 @@
 """`wesar_mpt_causal_lm`: foundry's MPT with the options of the compared methods."""
 
-import difflib
 import functools
-import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -24,11 +22,12 @@ from llmfoundry_wesar.attention import drop_full_mask
 from llmfoundry_wesar.initialization import (
     activation_gain,
     assign_roles,
+    check_embedding_init,
     check_init_config,
     check_tied_embedding,
     embedding_std,
-    is_number,
 )
+from llmfoundry_wesar.keys import arguments, check_sections, check_values, did_you_mean, is_number
 from llmfoundry_wesar.layers import (
     EMBEDDINGS,
     Gated,
@@ -73,12 +72,6 @@ _LOSS_HEADS: dict[type[nn.Module], type[LossHead]] = {
 }
 
 
-def arguments(cls: Callable) -> list[str]:
-    """Return the names of the parameters of a class's constructor or of a function, without *args and **kwargs."""
-    parameters = inspect.signature(cls).parameters.values()
-    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-
-
 class WeSaRMPTConfig(MPTConfig):
     """`MPTConfig` with the options of the compared methods.
 
@@ -106,6 +99,7 @@ class WeSaRMPTConfig(MPTConfig):
         fused_loss: bool = False,
         **kwargs: Any,
     ):
+        check_values(kwargs)
         self.z_loss = z_loss
         self.embedding_scaling = embedding_scaling
         self.embedding_norm = embedding_norm
@@ -202,11 +196,11 @@ class WeSaRMPTConfig(MPTConfig):
         if self.tie_word_embeddings:
             check_tied_embedding(self.init_config.get("emb_init_std"), self.d_model, "model.tie_word_embeddings")
         if init not in _ROLE_INITS:
-            known = {*init_config_defaults, *arguments(param_init_fns.get(init))}
-            for key in self.init_config.keys() - known:
-                raise ValueError(
-                    f"model.init_config.{key}: {self.init_config[key]!r} is not used by {init}; remove it."
-                )
+            known = {"name", *arguments(param_init_fns.get(init))} - {"module", "n_layers", "d_model"}
+            for key, value in self.init_config.items():
+                if key not in known and (key not in init_config_defaults or value != init_config_defaults[key]):
+                    raise ValueError(f"model.init_config.{key}: {value!r} is not used by {init}; remove it.")
+            check_embedding_init(self.init_config)
             return
         check_init_config(**self.init_config)
         if self.init_config.get("backbone", "he") == "he":
@@ -221,12 +215,6 @@ class WeSaRMPTConfig(MPTConfig):
                 "model.learned_pos_emb: true is not supported with gated layers; the paper uses RoPE. "
                 "Set `learned_pos_emb: false` and `attn_config: {rope: true, rope_impl: hf}`."
             )
-
-
-def did_you_mean(key: str, known: Iterable[str], otherwise: str) -> str:
-    """Return the advice for an unknown key: the known key with a similar name, or `otherwise` if there is none."""
-    close = difflib.get_close_matches(key, known)
-    return f"did you mean {close[0]}?" if close else otherwise
 
 
 def check_keys(model: Mapping[str, Any]) -> None:
@@ -245,6 +233,7 @@ def check_keys(model: Mapping[str, Any]) -> None:
                 f"model.{key}: {value!r} has no effect, since wesar_mpt_causal_lm has no such key; "
                 + did_you_mean(key, own, "remove it.")
             )
+    check_sections(model)
     loss_fn = model.get("loss_fn", "torch_crossentropy")
     if model.get("z_loss") and loss_fn != "torch_crossentropy":
         raise ValueError(f"model.loss_fn: {loss_fn} has no z-loss; set model.loss_fn: torch_crossentropy.")

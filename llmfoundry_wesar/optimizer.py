@@ -11,7 +11,7 @@ from composer.utils import dist
 from torch import Tensor, nn
 
 from llmfoundry_wesar.functional import adamw_, compiled_adamw_
-from llmfoundry_wesar.initialization import is_number
+from llmfoundry_wesar.keys import is_number
 from llmfoundry_wesar.sharded import Shard, local, named_shards, shard_of, squares
 
 # The lower bound of a gate, as a fraction of its initial value.

@@ -1,6 +1,7 @@
 """Find the steps that are due at an interval, which is a Composer time string."""
 
 import math
+import re
 
 from composer.core import Callback, State, Time, Timestamp, TimeUnit
 
@@ -8,10 +9,10 @@ from composer.core import Callback, State, Time, Timestamp, TimeUnit
 def _parse(interval: str | Time, key: str, off: str) -> Time:
     try:
         time = Time.from_input(interval)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{key}: {interval!r} is not a time such as '10ba', '1ep' or '1e6tok'.") from error
-    if time.value <= 0:
-        raise ValueError(f"{key}: {interval!r} is not positive; {off}.")
+    if not 0 < time.value < math.inf:
+        raise ValueError(f"{key}: {interval!r} is not a positive time; {off}.")
     return time
 
 
@@ -81,8 +82,14 @@ class IntervalCallback(Callback):
     """
 
     def __init__(self, interval: str | Time = "10ba"):
-        self._interval = Interval(interval)
+        self._interval = Interval(interval, self.key("interval"))
         self.interval = self._interval.time
+
+    @classmethod
+    def key(cls, option: str) -> str:
+        """Return the config's key of an option, `callbacks.NAME.OPTION`."""
+        name = re.sub("(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+        return f"callbacks.{name}.{option}"
 
     def due(self, state: State) -> bool:
         """Return whether the current step is due. Call this once in each step, before the timestamp advances."""

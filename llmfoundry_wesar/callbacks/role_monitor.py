@@ -34,6 +34,9 @@ class RoleMonitor(IntervalCallback):
 
     def __init__(self, interval: str | Time = "10ba", by_role: bool = True, by_matrix: bool = True):
         super().__init__(interval)
+        for option, value in (("by_role", by_role), ("by_matrix", by_matrix)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{self.key(option)}: {value!r} is not one of true, false.")
         if not by_role and not by_matrix:
             raise ValueError(
                 f"callbacks.{self.name}: by_role: false and by_matrix: false leave nothing to log; set one to true, or "

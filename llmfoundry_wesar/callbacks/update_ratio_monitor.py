@@ -86,15 +86,17 @@ class UpdateRatioMonitor(RoleMonitor):
     ):
         super().__init__(interval, by_role, by_matrix)
         self.metrics = ensure_tuple(metrics)
-        if not self.metrics or not set(self.metrics) <= set(METRICS):
-            raise ValueError(f"metrics: {list(self.metrics)} is not a list of one or more of {', '.join(METRICS)}.")
+        if not self.metrics or not all(metric in METRICS for metric in self.metrics):
+            raise ValueError(
+                f"{self.key('metrics')}: {metrics!r} is not a list of one or more of {', '.join(METRICS)}."
+            )
         if not by_matrix and self.metrics != ("update_ratio",):
             raise ValueError(
-                f"callbacks.update_ratio_monitor.metrics: {list(self.metrics)} needs by_matrix: true, because roles "
-                "have only their update_ratio; set that, or metrics: update_ratio."
+                f"{self.key('metrics')}: {list(self.metrics)} needs by_matrix: true, because roles have only their "
+                "update_ratio; set that, or metrics: update_ratio."
             )
-        self.include = _compile("include", include)
-        self.exclude = _compile("exclude", exclude)
+        self.include = _compile(self.key("include"), include)
+        self.exclude = _compile(self.key("exclude"), exclude)
         self._measurement: StepMeasurement | None = None
         self._pictures = None
         if picture_interval is not None:
@@ -107,9 +109,11 @@ class UpdateRatioMonitor(RoleMonitor):
         names = [matrix.name for matrix in trainable_matrices(state)]
         for key, pattern in (("include", self.include), ("exclude", self.exclude)):
             if pattern is not None and not any(map(pattern.search, names)):
-                raise ValueError(f"{key}: {pattern.pattern!r} matches none of the matrices {', '.join(names)}.")
+                raise ValueError(
+                    f"{self.key(key)}: {pattern.pattern!r} matches none of the matrices {', '.join(names)}."
+                )
         if not any(map(self._selects, names)):
-            raise ValueError("include, exclude: no trainable matrix is left for update_ratio_monitor.")
+            raise ValueError(f"{self.key('include')}, exclude: no trainable matrix is left; change one of them.")
         super().fit_start(state, logger)
 
     def matrices(self, state: State) -> list[str]:
@@ -185,5 +189,5 @@ class _History:
 def _compile(key: str, pattern: str | None) -> re.Pattern[str] | None:
     try:
         return None if pattern is None else re.compile(pattern)
-    except re.error as error:
+    except (re.error, TypeError) as error:
         raise ValueError(f"{key}: {pattern!r} is not a regular expression: {error}.") from error

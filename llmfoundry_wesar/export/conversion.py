@@ -25,8 +25,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from llmfoundry_wesar import methods
 from llmfoundry_wesar.export.arcee import ArceeConfig, ArceeForCausalLM
+from llmfoundry_wesar.keys import arguments
 from llmfoundry_wesar.layers import Reparameterized, ScaledEmbedding
-from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM, arguments
+from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM
 
 Weights = dict[str, Tensor]
 

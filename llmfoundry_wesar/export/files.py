@@ -22,7 +22,8 @@ from llmfoundry_wesar.export.card import model_card
 from llmfoundry_wesar.export.checkpoints import Checkpoint, find_checkpoint, read_checkpoint
 from llmfoundry_wesar.export.conversion import build_mpt, from_llama, hf_config, merge, require_finite, to_gated, to_hf
 from llmfoundry_wesar.export.folders import check_new, whole
-from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM, arguments
+from llmfoundry_wesar.keys import arguments
+from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM
 
 Format = Literal["hf", "gguf", "mpt"]
 # Value of `--dtype` → its long name. q8_0 exists only in GGUF.
@@ -67,6 +68,7 @@ def _read(path: Path) -> Checkpoint:
 def _build(path: str | Path, checkpoint: Checkpoint) -> WeSaRMPTForCausalLM:
     config, weights = checkpoint.config, checkpoint.weights
     try:
+        _check_sizes(config, len(weights))
         if config.get("model_type") in ("arcee", "llama"):
             config, weights = from_llama(config, weights)
         if config.get("model_type") != "mpt":
@@ -80,6 +82,25 @@ def _build(path: str | Path, checkpoint: Checkpoint) -> WeSaRMPTForCausalLM:
         raise ValueError(f"{path}: {error}") from error
     assert isinstance(model, WeSaRMPTForCausalLM)
     return model
+
+
+def _check_sizes(config: dict[str, Any], weights: int) -> None:
+    """Refuse sizes of a config for which building the model would fail in cryptic words, or take for ever."""
+    layers = ("n_layers", "num_hidden_layers")
+    for key in (
+        *layers,
+        "d_model",
+        "hidden_size",
+        "n_heads",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    ):
+        value = config.get(key)
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise ValueError(f"{key}: {value!r} is not a whole number ≥ 1.")
+        if key in layers and (value or 0) > weights:
+            raise ValueError(f"{key}: {value} is too large for the {weights} weights of the model.")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ own keys take precedence over the method's, and the method's over the setting's.
 setting's key. A file may extend another one (`extends`).
 """
 
+import difflib
 import os
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,27 @@ def _with_optimizer_gates(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"callbacks": {"optimizer_gates": {}} | (config.get("callbacks") or {})}
 
 
-def expand(config: dict[str, Any], check_data: bool = True) -> dict[str, Any]:
+def _check_ours(config: dict[str, Any]) -> None:
+    """Check a config with a model of ours, as `inspect` does. `mpt_causal_lm` trains as without the plugin."""
+    from llmfoundry_wesar.check import check_config, meta_model  # slow, and only these models need it
+
+    model = config.get("model") or {}
+    if isinstance(model, dict) and model.get("name") in ("wesar_mpt_causal_lm", "wesar_hf_causal_lm"):
+        check_config(config, meta_model(model))
+
+
+def _check_variables(variables: dict[str, Any]) -> None:
+    """Refuse a misspelt `method` or `setting`, which would be a variable of the user that nothing reads."""
+    for key, value in variables.items():
+        for kind in difflib.get_close_matches(str(key), _FOLDERS, n=1, cutoff=0.8):
+            if key != kind and isinstance(value, str) and value in names(kind):
+                raise ValueError(
+                    f"variables.{key}: {value!r} is not read; did you mean variables.{kind}? If it is a variable of "
+                    "your own, rename it."
+                )
+
+
+def expand(config: dict[str, Any], check_data: bool = True, check_keys: bool = True) -> dict[str, Any]:
     """Add the keys of the run's method and setting that the run does not set, and the callback of `wesar_adamw`.
 
     A config that uses none of these is returned unchanged.
@@ -106,23 +127,32 @@ def expand(config: dict[str, Any], check_data: bool = True) -> dict[str, Any]:
     Args:
         config: A training config as foundry passes it to its config transforms.
         check_data: Whether to check that the local folders of the loaders exist.
+        check_keys: Whether to check keys and values of a config with a model of ours, as `inspect_config` does.
 
     Returns:
         The expanded config.
 
     Raises:
-        ValueError: If the method or setting is not known, a folder is missing, FSDP1 would round buffers, or
-            `mpt_causal_lm` has tied embeddings with a too large `emb_init_std`.
+        ValueError: If the method or setting is not known, a folder is missing, FSDP1 would round buffers,
+            `mpt_causal_lm` has tied embeddings with a too large `emb_init_std`, or a key or value of a config with a
+            model of ours is refused.
     """
     variables = config.get("variables") or {}
     if not isinstance(variables, dict):
         raise ValueError(f"variables: {variables!r} is not a mapping; write `variables: {{name: value}}`.")
+    _check_variables(variables)
     defaults = [load(kind, variables[kind]) for kind in _FOLDERS if variables.get(kind) is not None]
     if not defaults:
         _check_buffers(config)
-        return _with_optimizer_gates(config)
+        expanded = _with_optimizer_gates(config)
+        if check_keys:
+            _check_ours(expanded)
+        return expanded
     default = OmegaConf.to_container(OmegaConf.merge(*defaults))
     assert isinstance(default, dict)
+    for key, value in default.items():
+        if isinstance(value, dict) and not isinstance(config.get(str(key)), dict | None):
+            raise ValueError(f"{key}: {config[str(key)]!r} is not a mapping of keys to values.")
     merged = OmegaConf.to_container(OmegaConf.merge(_without_nulls(default), config), resolve=True)
     assert isinstance(merged, dict)
     expanded = _with_optimizer_gates({str(key): value for key, value in merged.items()})
@@ -130,4 +160,6 @@ def expand(config: dict[str, Any], check_data: bool = True) -> dict[str, Any]:
     _check_stock_model(expanded)
     if check_data:
         _check_data(expanded)
+    if check_keys:
+        _check_ours(expanded)
     return expanded

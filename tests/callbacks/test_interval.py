@@ -80,5 +80,5 @@ def test_seconds_follow_the_trainers_clock() -> None:
 
 @pytest.mark.parametrize("interval", ["ten", "10", "10batches", "1.5ba", "0ba", "-1ba", 10, None])
 def test_bad_interval_is_refused(interval: str) -> None:
-    with pytest.raises(ValueError, match=r"^interval: "):
+    with pytest.raises(ValueError, match=r"^callbacks\.interval_callback\.interval: "):
         IntervalCallback(interval)

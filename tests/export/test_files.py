@@ -202,6 +202,9 @@ def test_what_cannot_be_read_or_expressed_leaves_nothing(command, trained, expor
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     partial = shutil.copytree(exported["wesar"], tmp_path / "partial")
     (partial / "config.json").write_text((partial / "config.json").read_text().replace('layers": 2', 'layers": 3'))
+    for name, sizes in {"zero": {"num_attention_heads": 0}, "huge": {"num_hidden_layers": 10**9}}.items():
+        path = shutil.copytree(exported["wesar"], tmp_path / name) / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | sizes))
     coded = shutil.copytree(exported["wesar"], tmp_path / "coded")
     (coded / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     (coded / "tokenizer_config.json").write_text(
@@ -215,6 +218,8 @@ def test_what_cannot_be_read_or_expressed_leaves_nothing(command, trained, expor
         **{path: f"{path.name}/config.json: damaged (" for path in configs},
         pickled: "no .safetensors file; pickled weights are not read",
         partial: "weights are missing, such as transformer.blocks.2",
+        tmp_path / "zero": "zero: num_attention_heads: 0 is not a whole number ≥ 1",
+        tmp_path / "huge": "huge: num_hidden_layers: 1000000000 is too large for the",
         coded: "its tokenizer needs code of its own, which is not run; replace it, or remove tokenizer_config.json",
         foreign: "model_type: gpt2 must be arcee, llama or mpt",
         trained[inexpressible].folder: f"cannot express model.{INEXPRESSIBLE[inexpressible]}",

@@ -195,9 +195,10 @@ def test_an_interrupted_series_ends_as_if_it_had_not_been(tmp_path, data):
     ]
     tool = subprocess.Popen(command)
     wait_for(lambda: tool.poll() is not None or (log.exists() and "[batch=1/" in log.read_text()))
+    trainer = trainer_in(out)
+    os.killpg(trainer, signal.SIGSTOP)  # it must not finish in the meantime
     tool.kill()
     assert tool.wait() == -signal.SIGKILL
-    trainer = trainer_in(out)
     with pytest.raises(RuntimeError, match=f"still runs here; .* process group {trainer}"):
         run_series([first, second], out)
     os.killpg(trainer, signal.SIGKILL)
@@ -225,15 +226,17 @@ def test_an_interrupted_series_ends_as_if_it_had_not_been(tmp_path, data):
         os.kill(trainer_in(out), 0)
     assert read_rows(out / "runs.csv") == [row]
 
-    # The third call does the rest, with one more run, which the optimizer refuses.
-    arguments.append("optimizer.eps=1e-8,-1,1e-2")
+    # The third call does the rest, with one more run, whose logs have no place.
+    (third,) = plan(CONFIG, ["small_init"], [1], out, ["optimizer.eps=1e-4"], overrides)
+    (out / "tensorboard" / third.name).touch()
+    arguments.append("optimizer.eps=1e-8,1e-4,1e-2")
     ended = CliRunner().invoke(app, arguments)
     assert ended.exit_code == 1 and "2 of 3 runs finished" in ended.output
     rows = read_rows(out / "runs.csv")
     assert rows[0] == row and [row["status"] for row in rows] == ["finished", "failed", "finished"]
     failed_log = out / "logs" / f"{rows[1]['run']}.txt"
     assert f"failed (exit code 1), see {failed_log}" in ended.output
-    assert "Invalid epsilon value" in failed_log.read_text()
+    assert "Error" in failed_log.read_text()
     assert {path: path.stat().st_mtime_ns for path in kept} == kept and not partial.exists()
 
     # The recorded values are the logged ones.
