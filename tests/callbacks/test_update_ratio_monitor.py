@@ -314,7 +314,7 @@ def test_wrappers_leave_no_trace_in_names() -> None:
         ({"interval": 10}, "interval: 10 is not a time"),
         (
             {"picture_interval": "0ba"},
-            "callbacks.update_ratio_monitor.picture_interval: '0ba' is not a positive time; to draw nothing, set it to null.",
+            "monitor.picture_interval: '0ba' is not a positive time; to draw nothing, set it to null.",
         ),
     ],
 )
