@@ -9,9 +9,9 @@ export PYTHONWARNINGS := ignore
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 # The tests run in two processes on small tensors, where more threads would only wait for each other.
-test: export OMP_NUM_THREADS = 1
+test chaos: export OMP_NUM_THREADS = 1
 
-.PHONY: quickstart figures test check clean
+.PHONY: quickstart figures test check chaos clean
 
 quickstart: $(VENV)/ready
 	llmfoundry-wesar data data/stdlib --source stdlib --vocab-size 4096 --sequence-length 256 --val-fraction 0.03
@@ -33,6 +33,10 @@ check: $(VENV)/ready
 	ruff format --check .
 	pyright
 	$(MAKE) test
+
+# Kill the tools and the trainer at random moments; see docs/reliability.md.
+chaos: $(VENV)/ready
+	python -m tests.chaos --times 50
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
