@@ -199,7 +199,7 @@ def draw_heat(networks: Mapping[str, Network], x: str = "step") -> Figure:
         lines: dict[Axes, list[tuple[str, Line2D]]] = {}
         for (run, network), (heat, bar, curves) in zip(networks.items(), grid, strict=True):
             bar.set_position(bar.get_position().translated(-0.012, 0))
-            curves.set_position(curves.get_position().shrunk(0.88, 1).translated(0.055, 0))
+            curves.set_position(curves.get_position().shrunk(0.86, 1).translated(0.07, 0))
             heat.set_title(network.title, **title)
             _draw_heat_map(heat, network.ratios, scale)
             picture.colorbar(heat.images[0], cax=bar)

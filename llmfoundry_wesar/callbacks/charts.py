@@ -43,12 +43,14 @@ def leave_out_of_summary(logger: Logger, keys: Iterable[str]) -> None:
 
 def _layout(roles: Mapping[str, Iterable[str]]) -> bytes:
     """Return the layout of the Custom Scalars tab as its serialised protocol buffer."""
-    charts: list[dict[str, Any]] = []
+    categories = []
     for quantity, names in roles.items():
-        keys = [f"role_{quantity}/{name}" for name in names]
+        title, keys = _TITLES[quantity], [f"role_{quantity}/{name}" for name in names]
         bands = [{"value": f"{key}/median", "lower": f"{key}/min", "upper": f"{key}/max"} for key in keys]
-        charts.append({"title": _TITLES[quantity], "margin": {"series": bands}})
-    charts.append({"title": "terms of the loss", "multiline": {"tag": ["loss/train/"]}})
-    category = {"title": "each role: median of the blocks, and band from the least to the greatest", "chart": charts}
+        chart = {"title": title, "margin": {"series": bands}}
+        categories.append({"title": f"{title} of each role: median and range of the blocks", "chart": [chart]})
+    loss = {"title": "loss", "multiline": {"tag": ["loss/train/"]}}
+    categories.append({"title": "terms of the loss", "chart": [loss]})
+    # Each chart is a category of its own, because TensorBoard changes the order of the charts of one category.
     layout: Any = layout_pb2.Layout()
-    return ParseDict({"category": [category]}, layout).SerializeToString()
+    return ParseDict({"category": categories}, layout).SerializeToString()

@@ -58,7 +58,7 @@ def test_each_logger_gets_what_it_can_show(tmp_path: Path, monkeypatch: pytest.M
         for event in file.Tensors(metadata.CONFIG_SUMMARY_TAG)
     ]
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
-    ratios, gates, loss = layout.category[0].chart
+    ratios, gates, loss = (chart for category in layout.category for chart in category.chart)
     for chart, quantity, count in ((ratios, "update_ratio", 7), (gates, "gate", 4)):
         shown = {tag for band in chart.margin.series for tag in (band.value, band.lower, band.upper)}
         assert shown == {tag for tag in tags if tag.startswith(f"role_{quantity}/")}
