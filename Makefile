@@ -9,9 +9,9 @@ export PYTHONWARNINGS := ignore
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 # The tests run in two processes on small tensors, where more threads would only wait for each other.
-test chaos: export OMP_NUM_THREADS = 1
+test fuzz chaos: export OMP_NUM_THREADS = 1
 
-.PHONY: quickstart figures test check chaos clean
+.PHONY: quickstart figures test fuzz check chaos clean
 
 quickstart: $(VENV)/ready
 	llmfoundry-wesar data data/stdlib --source stdlib --vocab-size 4096 --sequence-length 256 --val-fraction 0.03
@@ -26,6 +26,11 @@ figures: $(VENV)/ready
 
 test: $(VENV)/ready $(VENV)/transformers5
 	pytest -n 2
+
+# The property-based tests with FUZZ times as many examples as `make test` draws, and new ones each time.
+FUZZ ?= 20
+fuzz: $(VENV)/ready
+	FUZZ=$(FUZZ) pytest tests/fuzz
 
 # What CI runs.
 check: $(VENV)/ready
