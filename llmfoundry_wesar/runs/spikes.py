@@ -112,11 +112,12 @@ def jumped(losses: Sequence[float], deviations: float, nats: float) -> bool:
 
 
 def moves(record: Record) -> list[Move]:
-    """Return the matrices that left their usual range in the 20 steps before the loss jumped, or with it.
+    """Return the matrices that were outside their usual range when the loss jumped, and since when, at most 20 steps.
 
     The usual range is the median of the 32 steps before, with a margin of 6 standard deviations of the logarithms and
-    at least a factor of 1.5 on either side. A value that is not finite is outside. Of a matrix's quantities the first
-    one outside counts.
+    at least a factor of 1.5 on either side. A value that is not finite is outside. A matrix that came back before the
+    step of the loss or the one before it does not count, because single values are often outside by chance. Of a
+    matrix's quantities the first one outside counts.
 
     Returns:
         In the order in which they left it. In the same step, those that grew come first, by how much they grew.
@@ -126,29 +127,45 @@ def moves(record: Record) -> list[Move]:
     found: dict[str, Move] = {}
     for quantity, values in record.values.items():
         for name, series in zip(record.matrices, values.T, strict=True):
-            factors = [_factor(series[:t], series[t]) for t in range(first, end)]
-            outside = [t for t, factor in enumerate(factors) if factor != 1]
-            if not outside:
+            factors = _factors(series[:first], series[first:end])
+            since = _outside_since(factors)
+            if since is None:
                 continue
-            factor = max(factors[outside[0] :], key=lambda value: abs(math.log(max(value, 1e-300))))
-            move = Move(name, quantity, int(record.spike - steps[first + outside[0]]), factor)
+            factor = max(factors[since:], key=lambda value: abs(math.log(max(value, 1e-300))))
+            move = Move(name, quantity, int(record.spike - steps[first + since]), factor)
             if name not in found or _order(move) < _order(found[name]):
                 found[name] = move
     return sorted(found.values(), key=_order)
 
 
-def _factor(before: np.ndarray, value: float) -> float:
-    """Return a value ÷ its usual size. Return 1 if it is in its usual range, or if it has none."""
-    usual = np.abs(before[-RANGE_STEPS:])
-    usual = np.log(usual[np.isfinite(usual) & (usual > 0)])
-    if len(usual) < LEAST_STEPS or not math.isfinite(before[-1]):
+def _outside_since(factors: list[float]) -> int | None:
+    """Return the first index of the unbroken stretch of factors other than 1 that ends at the last or last but one."""
+    end = len(factors) - (1 if factors and factors[-1] != 1 else 2)
+    start = end
+    while start >= 0 and factors[start] != 1:
+        start -= 1
+    return start + 1 if start < end else None
+
+
+def _factors(before: np.ndarray, values: np.ndarray) -> list[float]:
+    """Return each value ÷ its usual size, or 1 if it is in its usual range. Values outside do not change the range."""
+    usual, factors = list(before), []
+    for value in values:
+        factors.append(_factor(np.abs(usual[-RANGE_STEPS:]), abs(float(value))))
+        if factors[-1] == 1:
+            usual.append(value)
+    return factors
+
+
+def _factor(usual: np.ndarray, value: float) -> float:
+    logs = np.log(usual[np.isfinite(usual) & (usual > 0)])
+    if len(logs) < LEAST_STEPS:
         return 1.0
     if not math.isfinite(value):
         return math.inf
-    middle = float(np.median(usual))
-    distance = abs(math.log(max(abs(value), 1e-300)) - middle)
-    inside = distance <= max(math.log(MARGIN), DEVIATIONS * float(usual.std()))
-    return 1.0 if inside else abs(value) / math.exp(middle)
+    middle = float(np.median(logs))
+    distance = abs(math.log(max(value, 1e-300)) - middle)
+    return 1.0 if distance <= max(math.log(MARGIN), DEVIATIONS * float(logs.std())) else value / math.exp(middle)
 
 
 def _order(move: Move) -> tuple[int, bool, float]:
@@ -199,8 +216,9 @@ def report(record: Record) -> str:
         f"- Recorded: steps {record.steps[0]} to {record.steps[-1]}.\n\n"
         f"## Matrices in the order in which they left their usual range\n\n"
         f"A value is outside if it differs from its median in the {RANGE_STEPS} steps before by more than "
-        f"{DEVIATIONS} standard deviations of the logarithms and by more than a factor of {MARGIN}. Looked at: the "
-        f"{LOOK_BACK} steps before the loss, and its own. Change: the most extreme value ÷ that median.\n\n"
+        f"{DEVIATIONS} standard deviations of the logarithms and by more than a factor of {MARGIN}. Listed are the "
+        f"matrices that were outside when the loss jumped, and since when, at most {LOOK_BACK} steps. Change: the most "
+        "extreme value ÷ that median.\n\n"
         f"{markdown(rows)}{more}"
     )
 

@@ -170,18 +170,18 @@ def test_a_jump_is_above_the_usual_noise_and_above_the_given_nats():
 def test_moves_are_in_the_order_of_their_steps_and_those_that_grew_first():
     """By hand: values are 1 and 1.21 in turn, median 1.1, standard deviation of the logarithms log(1.1).
 
-    So 6 of them are a factor of 1.1⁶ = 1.77, from 0.62 to 1.95. a doubles 3 steps before the loss, b halves and c is
-    not finite 1 step before, and d stays inside.
+    So 6 of them are a factor of 1.1⁶ = 1.77, from 0.62 to 1.95. a is twice as large from 3 steps before the loss on, b
+    halves and c is not finite in the step before, d stays inside, and e was outside but came back.
     """
     steps = np.arange(100)
-    values = np.tile(np.where(steps % 2, 1.0, 1.21)[:, None], 4)
-    values[87, 0], values[89, 1], values[89, 2], values[88, 3] = 2.2, 0.55, 3.3, 1.9
+    values = np.tile(np.where(steps % 2, 1.0, 1.21)[:, None], 5)
+    values[87:90, 0], values[89, 1], values[89, 2], values[89, 3], values[80:88, 4] = 2.75, 0.55, 3.3, 1.9, 9
     nothing = np.full_like(values, np.nan)
     quantities = {"update_ratio": values, "grad_norm": np.where(values == 3.3, np.nan, values), "gate": nothing}
     losses = np.where(steps < 90, 3.0, 5.0)
-    spike = Record(90, steps, losses, np.ones(100), steps, ["a", "b", "c", "d"], quantities, "")
+    spike = Record(90, steps, losses, np.ones(100), steps, ["a", "b", "c", "d", "e"], quantities, "")
     assert [(move.matrix, move.before) for move in moves(spike)] == [("a", 3), ("c", 1), ("b", 1)]
-    assert [move.factor for move in moves(spike)] == pytest.approx([2.0, math.inf, 0.5])
+    assert [move.factor for move in moves(spike)] == pytest.approx([2.5, math.inf, 0.5])
     assert moves(spike)[1].quantity == "grad_norm"  # it is not finite
 
 
