@@ -18,14 +18,14 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from llmfoundry_wesar.callbacks import PowerIteration
+from llmfoundry_wesar.callbacks import PowerIteration, UpdateRatioMonitor
 from llmfoundry_wesar.callbacks.interval import IntervalCallback
 from llmfoundry_wesar.callbacks.power_iteration import check_power_iteration
 from llmfoundry_wesar.hf_model import ComposerWeSaRHFCausalLM, check_hf_keys
 from llmfoundry_wesar.keys import arguments, check_values, did_you_mean, is_number
 from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM, check_keys
 from llmfoundry_wesar.optimizer import WeSaRAdamW, second_gate
-from llmfoundry_wesar.sharded import reparameterized_layers
+from llmfoundry_wesar.sharded import module_path, reparameterized_layers
 
 # Keys of `model` that do not reach the config class.
 _NOT_IN_CONFIG = ("name", "loss_fn", "use_train_metrics", "additional_train_metrics", "master_weights_dtype")
@@ -126,7 +126,10 @@ def _check_callbacks(callbacks: Any, model: nn.Module) -> None:
             if key not in known:
                 fix = did_you_mean(str(key), known, "remove it.")
                 raise ValueError(f"callbacks.{name}.{key}: {value!r} is not an option of {name}; {fix}")
-        cls(**(options or {}))
+        callback = cls(**(options or {}))
+        if isinstance(callback, UpdateRatioMonitor):
+            named = [(name, p) for name, p in model.named_parameters() if p.ndim > 1 and p.requires_grad]
+            callback.check([module_path(f"model.{name}") for name, _ in named])
     check_power_iteration(model, "power_iteration" in callbacks)
 
 
@@ -152,7 +155,13 @@ def _check_optimizer(optimizer: Any, model: nn.Module) -> WeSaRAdamW | None:
                 raise ValueError(f"optimizer.{prefix}{key}: {value!r} is not a number ≥ 0.")
         if prefix:
             _check_pattern(f"{prefix}param_str_match", keys.get("param_str_match"))
+    betas = options.get("betas")
+    right = isinstance(betas, list) and len(betas) == 2 and all(is_number(beta) and 0 <= beta < 1 for beta in betas)
+    if betas is not None and not right:
+        raise ValueError(f"optimizer.betas: {betas!r} is not a list of two numbers ≥ 0 and below 1.")
     frozen = options.get("disable_grad") or []
+    if not isinstance(frozen, str | list):
+        raise ValueError(f"optimizer.disable_grad: {frozen!r} is not a regular expression or a list of them.")
     for pattern in [frozen] if isinstance(frozen, str) else frozen:
         _check_pattern("disable_grad", pattern)
         if not any(re.search(pattern, f"model.{parameter}") for parameter, _ in model.named_parameters()):

@@ -15,6 +15,7 @@ from llmfoundry.layers_registry import (
     norms,
     param_init_fns,
 )
+from llmfoundry.models.layers.attention import is_flash_v2_installed
 from llmfoundry.models.layers.ffn import resolve_ffn_act_fn
 from llmfoundry.models.mpt.configuration_mpt import MPTConfig
 from llmfoundry.models.utils.config_defaults import attn_config_defaults
@@ -85,8 +86,20 @@ def check_values(model: Mapping[str, Any]) -> None:
         name = value.lower() if key == "norm_type" and isinstance(value, str) else value
         if value is not None and name not in known:
             raise ValueError(f"model.{key}: {value!r} is not one of {', '.join(known)}.")
+    scale, rope_impl = model.get("logit_scale"), attention.get("rope_impl", "hf")
+    if scale is not None and not is_number(scale) and scale != "inv_sqrt_d_model":
+        raise ValueError(f"model.logit_scale: {scale!r} is neither a number nor inv_sqrt_d_model.")
+    if attention.get("rope") and (rope_impl not in ("hf", "dail") or (rope_impl == "dail" and not _has_flash())):
+        fix = "needs the package flash_attn" if rope_impl == "dail" else "is not one of hf, dail"
+        raise ValueError(f"model.attn_config.rope_impl: {rope_impl!r} {fix}; set it to hf.")
+    if attention.get("attn_type") == "grouped_query_attention" and attention.get("kv_n_heads") is None:
+        raise ValueError("model.attn_config.kv_n_heads is missing: attn_type: grouped_query_attention needs it.")
     _check_widths(model, attention, ffn)
     _check_activation(ffn.get("ffn_act_fn"))
+
+
+def _has_flash() -> bool:
+    return is_flash_v2_installed(v2_version="2.0.1")
 
 
 def _check_numbers(prefix: str, section: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -170,6 +183,9 @@ def check_sections(model: Mapping[str, Any]) -> None:
                     f"model.{name}.{key}: {section[key]!r} has no place here; remove it and set model.{others[key]}."
                 )
     attention, ffn = model.get("attn_config") or {}, model.get("ffn_config") or {}
+    if model.get("learned_pos_emb") and (attention.get("rope") or attention.get("alibi")):
+        key = "rope" if attention.get("rope") else "alibi"
+        raise ValueError(f"model.learned_pos_emb: true is not used with attn_config.{key}: true; remove one of them.")
     attention_class = attention_classes.get(attention.get("attn_type", attn_config_defaults["attn_type"]))
     ffn_type = ffn.get("ffn_type", "mptmlp")
     known = {

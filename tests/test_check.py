@@ -86,7 +86,14 @@ REFUSED = {
     "callbacks.gate_monitor=10ba": "callbacks.gate_monitor: '10ba' is not a mapping",
     "optimizer.name=foo": "optimizer.name: 'foo' is not one of .*wesar_adamw",
     "optimizer.lr=-1": "optimizer.lr: -1 is not a number ≥ 0",
-    "optimizer.betas=3": r"optimizer: adamw cannot be built from \{.*'betas': 3",
+    "optimizer.betas=3": "optimizer.betas: 3 is not a list of two numbers",
+    "optimizer.betas=[0.9, 1]": r"optimizer.betas: \[0.9, 1\] is not a list of two numbers",
+    "optimizer.disable_grad=3": "optimizer.disable_grad: 3 is not a regular expression",
+    "callbacks.update_ratio_monitor.include=foo": "callbacks.update_ratio_monitor.include: 'foo' matches none",
+    "model.logit_scale=foo": "model.logit_scale: 'foo' is neither a number nor inv_sqrt_d_model",
+    "model.attn_config.rope_impl=foo": "model.attn_config.rope_impl: 'foo' is not one of hf, dail; set it to hf",
+    "model.attn_config.attn_type=grouped_query_attention": "model.attn_config.kv_n_heads is missing",
+    "model.learned_pos_emb=true": "model.learned_pos_emb: true is not used with attn_config.rope: true",
 }
 
 

@@ -106,7 +106,15 @@ class UpdateRatioMonitor(RoleMonitor):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Check the expressions against the model, and add charts to the run."""
-        names = [matrix.name for matrix in trainable_matrices(state)]
+        self.check([matrix.name for matrix in trainable_matrices(state)])
+        super().fit_start(state, logger)
+
+    def check(self, names: Sequence[str]) -> None:
+        """Check the expressions against the module paths of a model's trainable matrices.
+
+        Raises:
+            ValueError: If an expression matches none, or none is left.
+        """
         for key, pattern in (("include", self.include), ("exclude", self.exclude)):
             if pattern is not None and not any(map(pattern.search, names)):
                 raise ValueError(
@@ -114,7 +122,6 @@ class UpdateRatioMonitor(RoleMonitor):
                 )
         if not any(map(self._selects, names)):
             raise ValueError(f"{self.key('include')}, exclude: no trainable matrix is left; change one of them.")
-        super().fit_start(state, logger)
 
     def matrices(self, state: State) -> list[str]:
         """Return the module paths of the matrices whose update ratio is logged."""
