@@ -180,9 +180,10 @@ def start(run: Callable[[], object], log: Path, file_size: int | None = None) ->
         file_size: The size in bytes beyond which no file can grow.
     """
     if pid := os.fork():
+        os.setpgid(pid, pid)  # here too, because the child may be killed before it does this
         return pid
     try:
-        os.setsid()
+        os.setpgid(0, 0)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
