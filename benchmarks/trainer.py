@@ -23,12 +23,16 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.record import Recorder, reason
 from benchmarks.sizes import load, shape
+from llmfoundry_wesar.callbacks.measurement import METRICS
 
 PEAK = 989e12  # bf16 FLOP/s of an H100 and of an H200
 _WARMUP, _FEWEST = 4, 6  # batches
 _PATIENCE = 300  # seconds for imports and compilation
 _SEQUENCES = 64  # a GPU's share of the paper's batch of 512 sequences, on 8 GPUs
-_MONITORS = {name: {"interval": "10ba"} for name in ("update_ratio_monitor", "gate_monitor")}
+_MONITORS = {
+    "update_ratio_monitor": {"interval": "10ba", "metrics": list(METRICS)},
+    "gate_monitor": {"interval": "10ba"},
+}
 
 
 class StopAfter(Callback):

@@ -17,9 +17,11 @@ from tests.callbacks.test_spike_recorder import Inject, repeat, rows
 from tests.callbacks.training import (
     MATRICES,
     SCALAR_GATED,
+    STEPS,
     VECTOR_GATED,
     Block,
     Net,
+    Pictures,
     PlainNet,
     Watched,
     collectives,
@@ -47,7 +49,8 @@ def _monitored(spread: str, net: type[Net] = Net) -> tuple[dict[str, dict[int, f
         # Composer's own FSDP1 needs CUDA, torch's does not.
         policy = ModuleWrapPolicy({Block})
         model.net = FSDP1(model.net, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
-    watched = {"updates": Watched(UpdateRatioMonitor("1ba", METRICS)), "gates": Watched(GateMonitor("1ba"))}
+    ratios = UpdateRatioMonitor("1ba", METRICS, picture_interval="1dur" if net is Net else None)
+    watched = {"updates": Watched(ratios), "gates": Watched(GateMonitor("1ba"))}
     callbacks: list[Callback] = [*watched.values()]
     if net is Net:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
@@ -55,10 +58,13 @@ def _monitored(spread: str, net: type[Net] = Net) -> tuple[dict[str, dict[int, f
         optimizer = WeSaRAdamW(model.parameters(), lr=0.01, weight_decay=0.1, sigma=0.1, max_norm=0.5)
         callbacks.append(OptimizerGates())
     steps = watch_steps(optimizer)
-    logged = train(model, optimizer, callbacks, parallelism_config=None if fsdp is None else {"fsdp": fsdp})
+    pictures = Pictures()
+    sharding = None if fsdp is None else {"fsdp": fsdp}
+    logged = train(model, optimizer, callbacks, parallelism_config=sharding, loggers=[pictures])
     metrics = {key: values for key, values in logged.items() if "/net." in key or key.startswith(("role_", "loss/"))}
     found = {
         "step": collectives(steps[1]),
+        "pictures": Counter(pictures.logged.keys()),
         "waits": Counter(set(steps[1]) & {"aten::_local_scalar_dense", "aten::nonzero"}),
     }
     for name, callback in watched.items():
@@ -140,6 +146,11 @@ def test_two_processes_log_what_one_does(spread: str, net: type[Net], two_proces
         assert metrics.keys() == one_process[net.__name__].keys()
         for key, values in one_process[net.__name__].items():
             assert metrics[key] == pytest.approx(values, rel=1e-5), key
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_only_one_rank_draws_the_picture(spread: str, two_processes: list) -> None:
+    assert [rank["Net", spread][1]["pictures"] for rank in two_processes] == [{STEPS: 1}, {}]
 
 
 @pytest.mark.parametrize("spread", SPREADS)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from composer import Callback, Logger, State
 from composer.algorithms import GradientClipping
-from composer.loggers import LoggerDestination
 from composer.optim import CosineAnnealingScheduler, DecoupledAdamW
 from llmfoundry.utils.builders import build_callback
 from torch import nn
@@ -23,7 +22,17 @@ from llmfoundry_wesar.callbacks.update_ratio_monitor import METRICS
 from llmfoundry_wesar.figures import Network, draw_heat, pixels
 from llmfoundry_wesar.layers import Reparameterized
 from llmfoundry_wesar.roles import by_role
-from tests.callbacks.training import MATRICES, SCALAR_GATED, STEPS, VECTOR_GATED, Net, Watched, regression, train
+from tests.callbacks.training import (
+    MATRICES,
+    SCALAR_GATED,
+    STEPS,
+    VECTOR_GATED,
+    Net,
+    Pictures,
+    Watched,
+    regression,
+    train,
+)
 
 
 class Copies(Callback):
@@ -251,17 +260,6 @@ def test_snapshot_only_for_update_ratios() -> None:
         train(model, _sgd(model), [watched])
         copied[metrics] = watched.operations["after_train_batch", 1].count("aten::_to_copy")
     assert list(copied.values()) == [5, 0]
-
-
-class Pictures(LoggerDestination):
-    """Keeps the pictures that are logged."""
-
-    def __init__(self) -> None:
-        self.logged: dict[int | None, np.ndarray] = {}
-
-    def log_images(self, images: Any, name: str = "", channels_last: bool = False, step: Any = None, *_: Any) -> None:
-        assert (name, channels_last) == ("update_ratios", True)
-        self.logged[step] = images
 
 
 def test_a_picture_shows_what_was_logged_so_far() -> None:

@@ -4,9 +4,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from composer import Callback, ComposerModel, DataSpec, Event, Logger, State, Trainer
-from composer.loggers import InMemoryLogger
+from composer.loggers import InMemoryLogger, LoggerDestination
 from composer.utils import dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -125,6 +126,17 @@ def fit(
         **{"max_duration": "1ep", "device": "cpu", "progress_bar": False, **trainer},
     ).fit()
     return {key: {time.batch.value: value for time, value in values} for key, values in logger.data.items()}
+
+
+class Pictures(LoggerDestination):
+    """Keeps the pictures that are logged."""
+
+    def __init__(self) -> None:
+        self.logged: dict[int | None, np.ndarray] = {}
+
+    def log_images(self, images: Any, name: str = "", channels_last: bool = False, step: Any = None, *_: Any) -> None:
+        assert (name, channels_last) == ("update_ratios", True)
+        self.logged[step] = images
 
 
 class Watched(Callback):
