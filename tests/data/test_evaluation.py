@@ -5,7 +5,7 @@ import tarfile
 import pytest
 
 from llmfoundry_wesar.data.evaluation import rows
-from llmfoundry_wesar.evaluate import TASKS, _harness_tasks
+from llmfoundry_wesar.evaluate import TASKS, _harness_tasks, _task_manager
 from tests.evaluation_files import ANSWERS, BOOLQ, LAMBADA, LINES, WIKITEXT, WSC, write
 
 
@@ -15,7 +15,7 @@ def test_the_harness_asks_what_the_files_say(packed, tmp_path):
 
     With a wrong order of labels the harness would score the opposite.
     """
-    tasks, missing = _harness_tasks(list(TASKS), write(tmp_path / "data", packed))
+    tasks, missing = _harness_tasks(_task_manager(), list(TASKS), write(tmp_path / "data", packed))
     assert not missing and list(tasks) == list(TASKS)
     for name, (prompt, answer) in ANSWERS.items():
         task = tasks[name]
@@ -38,7 +38,9 @@ def test_every_answer_of_a_multirc_question_is_an_example(tmp_path):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_what_is_missing_is_named(packed, tmp_path):
-    tasks, missing = _harness_tasks(["cb", "record"], write(tmp_path / "data", packed, without=("ReCoRD",)))
+    tasks, missing = _harness_tasks(
+        _task_manager(), ["cb", "record"], write(tmp_path / "data", packed, without=("ReCoRD",))
+    )
     assert list(tasks) == ["cb"]
     assert list(missing) == ["record"] and "ReCoRD/train.jsonl" in missing["record"]
 
