@@ -157,7 +157,7 @@ def data(
 def spikes(run: Annotated[str, Argument(help="The folder of a run that had spike_recorder, or one above it.")]) -> None:
     """List the spikes of the loss that spike_recorder wrote, each with the matrix that moved first."""
     with one_line_errors():
-        from llmfoundry_wesar.runs.spikes import find_reports, summarise
+        from llmfoundry_wesar.spikes import find_reports, summarise
 
         for report in find_reports(run):
             echo(f"{summarise(report)} {report}")

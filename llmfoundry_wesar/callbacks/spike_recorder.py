@@ -20,8 +20,8 @@ from torch import Tensor
 from llmfoundry_wesar.callbacks.interval import IntervalCallback
 from llmfoundry_wesar.callbacks.measurement import StepMeasurement, trainable_matrices
 from llmfoundry_wesar.export.folders import whole
-from llmfoundry_wesar.runs.spikes import FOLDER, QUANTITIES, Record, cause, draw_spike, headline, jumped, write
 from llmfoundry_wesar.sharded import sum_over_ranks
+from llmfoundry_wesar.spikes import FOLDER, QUANTITIES, Record, cause, draw_spike, headline, jumped, write
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class SpikeRecorder(IntervalCallback):
 
     - ``matrices.csv``: all values, a row for each step and matrix.
     - ``report.md``: the step, the losses, the learning rate, the batch, and the matrices in the order in which they
-      left their usual range (`runs.spikes.moves`).
+      left their usual range (`spikes.moves`).
     - ``spike.png``: the loss, and all matrices relative to their median before. It is logged as an image too.
     - ``tokens.csv``: the tokens of the spike's batch and of the one before, if batches have ``input_ids``.
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from llmfoundry_wesar.runs.plot import FINAL_BATCHES, draw
 from llmfoundry_wesar.runs.scalars import Scalars, find_curves, read_scalars, replacing
+from llmfoundry_wesar.spikes import JUMP_WINDOW
 
 Row = dict[str, str]
 """A row of `runs.csv`: column → text, empty if the value is not known."""
@@ -42,7 +43,6 @@ COLUMNS = {
 }
 
 SPIKE_WINDOW, SPIKE_DEVIATIONS = 128, 6
-JUMP_WINDOW = 16
 
 # Title → column and format.
 _TABLE = {

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from llmfoundry_wesar.callbacks import GateMonitor, SpikeRecorder, UpdateRatioMonitor
 from llmfoundry_wesar.cli import app
-from llmfoundry_wesar.runs.spikes import Record, jumped, moves
+from llmfoundry_wesar.spikes import Record, jumped, moves
 from tests.callbacks.training import MATRICES, SCALAR_GATED, PlainNet, regression, train
 
 STEPS, SPIKE = 70, 50

@@ -13,10 +13,11 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from llmfoundry_wesar.figures import STYLE
-from llmfoundry_wesar.runs.summary import JUMP_WINDOW, markdown
 
 QUANTITIES = {"update_ratio": "update ratio", "grad_norm": "gradient norm", "gate": "gate"}
 FOLDER = "spikes"
+# A jump is measured from the median of this many losses before, also by `runs.summary.largest_jump`.
+JUMP_WINDOW = 16
 
 # A matrix leaves its usual range if the logarithm of a value is further from its median in the 32 steps before than 6
 # standard deviations there, and the value more than a factor of 1.5 away.
@@ -189,20 +190,20 @@ def cause(record: Record) -> str:
             f"No matrix left its usual range before the loss; look at the batch. In its step `{first.matrix}` did"
             f"{also}: {QUANTITIES[first.quantity]} × {first.factor:.3g}."
         )
-    return (
-        f"First to move: `{first.matrix}`, {QUANTITIES[first.quantity]} × {first.factor:.3g}, "
-        f"{first.before} step{'s' if first.before > 1 else ''} before the loss."
-    )
+    return f"First to move: `{first.matrix}`, {QUANTITIES[first.quantity]} × {first.factor:.3g}, {_when(first)}."
+
+
+def _when(move: Move) -> str:
+    return f"{move.before} step{'s' if move.before > 1 else ''} before the loss" if move.before else "with the loss"
 
 
 def report(record: Record) -> str:
     """Return the text of `report.md`."""
     index, found = record.index, moves(record)
     finite = "" if math.isfinite(record.losses[index]) else ", which is not finite"
-    rows = [["matrix", "quantity", "steps before the loss", "change"], ["---", "---", "--:", "--:"]]
-    rows += [
-        [f"`{move.matrix}`", QUANTITIES[move.quantity], str(move.before), f"× {move.factor:.3g}"]
-        for move in found[:_ROWS]
+    lines = [
+        f"{place}. `{move.matrix}`: {QUANTITIES[move.quantity]} × {move.factor:.3g}, {_when(move)}\n"
+        for place, move in enumerate(found[:_ROWS], 1)
     ]
     more = (
         f"\n{len(found) - _ROWS} more matrices left it; `matrices.csv` has all values.\n" if len(found) > _ROWS else ""
@@ -219,7 +220,7 @@ def report(record: Record) -> str:
         f"{DEVIATIONS} standard deviations of the logarithms and by more than a factor of {MARGIN}. Listed are the "
         f"matrices that were outside when the loss jumped, and since when, at most {LOOK_BACK} steps. Change: the most "
         "extreme value ÷ that median.\n\n"
-        f"{markdown(rows)}{more}"
+        f"{''.join(lines)}{more}"
     )
 
 
