@@ -1,6 +1,8 @@
 """The `llmfoundry-wesar` command. Each subcommand calls one function of the package."""
 
 import json
+import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -267,6 +269,8 @@ def evaluate(
     out: Annotated[Path | None, Option(help="Also write the scores to this file, as JSON.")] = None,
 ) -> None:
     """Compute the scores of the paper's Tables 5 and 8 by lm-evaluation-harness."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars in a log; tqdm reads this when it is imported
     with one_line_errors(), _few_remarks():
         from llmfoundry_wesar.evaluate import evaluate
         from llmfoundry_wesar.runs.scalars import replacing

@@ -7,9 +7,11 @@ as an object, so it can also score models that transformers does not support, su
 import copy
 import logging
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from llmfoundry_wesar.export.files import find_model, load
 from llmfoundry_wesar.model import WeSaRMPTForCausalLM
 
 SHOTS = 3  # paper, section 5.4
+_FEWSHOT_SEED = 1234  # the default of lm-evaluation-harness
 
 
 @dataclass(frozen=True)
@@ -274,7 +277,7 @@ def evaluate(
         RuntimeError: If lm-evaluation-harness is not installed.
     """
     try:
-        from lm_eval import simple_evaluate
+        from lm_eval.evaluator import evaluate as score
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise RuntimeError("lm-evaluation-harness is missing: pip install 'llmfoundry_wesar[evaluate]'.") from error
@@ -304,10 +307,17 @@ def evaluate(
     model.to(device)  # type: ignore[arg-type]
     context = model.config.max_seq_len
     options: dict[str, Any] = {"batch_size": batch_size, "max_length": context, "softmax_dtype": "float32"}
-    lm = HFLM(pretrained=model, tokenizer=_without_eos(tokenizer), **options)  # type: ignore[arg-type]
-    run: Any = simple_evaluate
-    selected = list(harness_tasks.values())
-    results = run(lm, tasks=selected, limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=False)
+    lm: Any = HFLM(pretrained=model, tokenizer=_without_eos(tokenizer), **options)  # type: ignore[arg-type]
+    if not sys.stderr.isatty():  # no progress bars in a log; loglikelihood_rolling would still show one
+        for method in ("loglikelihood", "loglikelihood_rolling"):
+            setattr(lm, method, partial(getattr(lm, method), disable_tqdm=True))
+        score_tokens = lm._loglikelihood_tokens
+        lm._loglikelihood_tokens = lambda *args, **kwargs: score_tokens(*args, **kwargs | {"disable_tqdm": True})
+    # As the harness's simple_evaluate does, which would also call git and list the packages.
+    selected: Any = manager.load(list(harness_tasks.values()))
+    for task in harness_tasks.values():
+        task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+    results: Any = score(lm, selected, limit=limit, bootstrap_iters=0, log_samples=False)
     scores: dict[str, dict[str, float]] = {}
     for name, task in harness_tasks.items():
         values = results["results"][TASKS[name].name]
