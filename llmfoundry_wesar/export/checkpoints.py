@@ -13,7 +13,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -206,7 +206,7 @@ def _verify(file: str | Path | IO[bytes], name: str | Path) -> None:
     try:
         with ZipFile(file) as archive:
             damaged = archive.testzip()
-    except (BadZipFile, EOFError, NotImplementedError) as error:
+    except Exception as error:  # zipfile raises errors of many classes for damage, such as UnicodeDecodeError
         raise ValueError(f"{name}: not a checkpoint, or cut short ({error}).") from error
     if damaged:
         raise ValueError(f"{name}: damaged ({damaged} has a wrong checksum).")

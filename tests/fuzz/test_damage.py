@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
@@ -30,6 +30,14 @@ def damage(file: Path, place: float, flip: int | None) -> None:
     data = file.read_bytes()
     at = int(place * len(data))
     file.write_bytes(data[:at] if flip is None else data[:at] + bytes([data[at] ^ 1 << flip]) + data[at + 1 :])
+
+
+def record_ends(data: bytes) -> set[int]:
+    """Return the places between two records of an event file. A file that is cut there looks whole."""
+    ends = {0}
+    while (end := max(ends)) < len(data):
+        ends.add(end + 16 + int.from_bytes(data[end : end + 8], "little"))
+    return ends
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +69,9 @@ def test_event_files_lose_points_only_with_a_warning(
 ) -> None:
     whole = read_scalars(folder / "runs")
     copy = shutil.copytree(folder / "runs", tmp_path / "runs", dirs_exist_ok=True)
-    damage(next(copy.rglob("*tfevents*")), place, flip)
+    file = next(copy.rglob("*tfevents*"))
+    assume(flip is not None or int(place * file.stat().st_size) not in record_ends(file.read_bytes()))
+    damage(file, place, flip)
     said: queue.SimpleQueue = queue.SimpleQueue()
     handler, logger = logging.handlers.QueueHandler(said), logging.getLogger("llmfoundry_wesar")
     logger.addHandler(handler)
@@ -79,6 +89,7 @@ def test_event_files_lose_points_only_with_a_warning(
 
 @examples(40)
 @given(place=PLACE, flip=FLIP)
+@example(place=0.6056631238813739, flip=0)  # a name in the archive that is not UTF-8
 def test_checkpoints_give_the_same_weights_or_an_error(
     place: float, flip: int | None, folder: Path, tmp_path: Path
 ) -> None:
@@ -104,6 +115,9 @@ def test_model_folders_give_the_same_weights_or_an_error(
         save_file({"transformer.wte.weight": torch.zeros(2, 2)}, copy / "model.safetensors")
     else:
         damage(copy / file, place, None)
-    with pytest.raises((ValueError, FileNotFoundError)) as raised:
-        weights(copy)
-    assert "plain" in str(raised.value) and "\n" not in str(raised.value)
+    try:
+        read = weights(copy)
+    except (ValueError, FileNotFoundError) as error:
+        assert str(copy) in str(error) and "\n" not in str(error)
+        return
+    torch.testing.assert_close(read, weights(folder / "plain"), rtol=0, atol=0)  # only the line end was cut off
