@@ -148,6 +148,20 @@ def test_no_more_than_the_most_are_written_and_those_of_earlier_processes_count(
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["12", "30"]
 
 
+def test_a_resumed_run_starts_with_an_empty_window_and_keeps_the_folders(tmp_path):
+    """The first process writes a spike and stops after 40 steps; the second starts from its checkpoint."""
+    checkpoint = {"save_folder": str(tmp_path / "checkpoints"), "save_interval": "40ba", "autoresume": True}
+    options = {"run_name": "resumed", "max_duration": "40ba", **checkpoint}
+    for duration, step in (("40ba", 30), ("70ba", 60)):
+        inject = Inject(Event.AFTER_DATALOADER, step, repeat)
+        recorder = SpikeRecorder(folder=str(tmp_path / "spikes"), window=40, after=5, nats=0.2)
+        model = regression()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+        train(model, optimizer, [inject, recorder], STEPS, **options | {"max_duration": duration})
+    assert sorted(path.name for path in (tmp_path / "spikes").iterdir()) == ["30", "60"]
+    assert {step for step, _ in rows(tmp_path / "spikes/60")} == set(range(40, 66))
+
+
 def test_a_spike_near_the_end_and_a_measurement_at_an_interval(tmp_path):
     """The run ends before `after` steps; every second step is measured, and the loss is looked at in each."""
     record(tmp_path, Inject(Event.AFTER_DATALOADER, 67, repeat), interval="2ba")
