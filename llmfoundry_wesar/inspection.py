@@ -95,7 +95,11 @@ def yaml_line(value: Any) -> str:
 def _check_comment(override: str) -> None:
     """Refuse an override of which the trainer would read only a part, such as `variables.data=my #1 folder`."""
     key, _, value = override.partition("=")
-    node = yaml.compose(value)
+    value = value.strip()
+    try:
+        node = yaml.compose(value)
+    except yaml.YAMLError as error:  # such as a tab after a number, which OmegaConf removes
+        raise ValueError(f"{override}: {error}") from error
     end = 0 if node is None else node.end_mark.index
     if left_out := value[end:].strip():
         raise ValueError(

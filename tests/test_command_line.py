@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS, TrainConfig, make_dataclass_and_log_config
 from omegaconf import OmegaConf
 
 from llmfoundry_wesar.inspection import load_config, yaml_line
 from llmfoundry_wesar.runs.compare import plan
+from tests.fuzz.profile import examples
 
 QUICKSTART = str(Path(__file__).parents[1] / "yamls/quickstart.yaml")
 NASTY = "my #1 dir: {a=b}, [~] ${HOME} $HOME \\${x} \\ 'q' \"é😀\" 100% & *|"
@@ -33,7 +34,7 @@ def launched(argument: str) -> str:
     return os.path.expandvars(os.path.expanduser(argument))
 
 
-@settings(deadline=None, max_examples=100, database=None)
+@examples(100)
 @given(value=ARGUMENTS | st.dictionaries(ARGUMENTS, st.lists(ARGUMENTS, max_size=2), max_size=2))
 @example(value={"a": 1, "b": [None, True, 0.1, 1e-300, NASTY]})
 @example(value="1e3")
@@ -56,7 +57,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(file)
 
 
-@settings(deadline=None, max_examples=100, database=None)
+@examples(100)
 @given(text=ARGUMENTS)
 @example(text="my #1 dir")
 @example(text="#1")
@@ -66,6 +67,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
 @example(text="${seed}")
 @example(text="0x_")
 @example(text="=")
+@example(text="0\t")
+@example(text="0\t#")
 def test_what_a_user_types_is_refused_or_read_as_the_trainer_reads_it(small, text):
     try:
         read = load_config(small, [f"variables.note={text}"])
