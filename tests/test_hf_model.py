@@ -227,7 +227,7 @@ LLAMA_YAML = [
     "callbacks.speed_monitor=null",
     "callbacks.update_ratio_monitor.interval=1ba",
     "callbacks.gate_monitor.interval=1ba",
-    "loggers={inmemory: {}}",
+    "loggers.inmemory={}",
     "model.config_overrides={hidden_size: 32, num_hidden_layers: 2, intermediate_size: 64, num_attention_heads: 4,"
     " num_key_value_heads: 2, head_dim: 8, vocab_size: 97}",
 ]
@@ -237,13 +237,14 @@ INIT = "model.init_config={name: he_init_, emb_init_std: 1.0}"
 
 
 @pytest.mark.parametrize("overrides", [[], ["variables.method=null", INIT, "callbacks.gate_monitor=null"]])
-def test_foundry_trains_the_llama_of_the_yaml(overrides, dataset, monkeypatch):
+def test_foundry_trains_the_llama_of_the_yaml(overrides, dataset, tmp_path, monkeypatch):
     """Foundry's own function trains yamls/llama-160m.yaml, made tiny, for two steps, and every matrix moves.
 
     Once with the gates in the optimizer and once with the setting's AdamW.
     """
     monkeypatch.chdir(REPOSITORY)
-    trainer = train_from_yaml("yamls/llama-160m.yaml", [*LLAMA_YAML, f"variables.data={dataset}", *overrides])
+    paths = [f"variables.data={dataset}", f"loggers.tensorboard.log_dir={tmp_path}"]
+    trainer = train_from_yaml("yamls/llama-160m.yaml", [*LLAMA_YAML, *paths, *overrides])
     [logger] = [each for each in trainer.logger.destinations if isinstance(each, InMemoryLogger)]
     trainer.close()
     assert {key for key in logger.data if key.startswith("loss/train")} == {
