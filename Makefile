@@ -9,9 +9,9 @@ export PYTHONWARNINGS := ignore
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 # The tests run in two processes on small tensors, where more threads would only wait for each other.
-test fuzz chaos: export OMP_NUM_THREADS = 1
+test fuzz chaos upstream: export OMP_NUM_THREADS = 1
 
-.PHONY: quickstart figures test fuzz check chaos clean
+.PHONY: quickstart figures test fuzz check chaos upstream clean
 
 quickstart: $(VENV)/ready
 	llmfoundry-wesar data data/stdlib --source stdlib --vocab-size 4096 --sequence-length 256 --val-fraction 0.03
@@ -30,7 +30,7 @@ test: $(VENV)/ready $(VENV)/transformers5
 # The property-based tests with FUZZ times as many examples as `make test` draws, and new ones each time.
 FUZZ ?= 20
 fuzz: $(VENV)/ready
-	FUZZ=$(FUZZ) pytest tests/fuzz
+	FUZZ=$(FUZZ) pytest tests/fuzz tests/test_command_line.py
 
 # What CI runs.
 check: $(VENV)/ready
@@ -42,6 +42,11 @@ check: $(VENV)/ready
 # Kill the tools and the trainer at random moments; see docs/reliability.md.
 chaos: $(VENV)/ready
 	python -m tests.chaos --times 50
+
+# Run llm-foundry's own tests with this package and without it.
+upstream: $(VENV)/ready
+	test -d .upstream || git clone --quiet --depth 1 --branch v0.22.0 https://github.com/mosaicml/llm-foundry .upstream
+	python -m tests.upstream .upstream
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -141,19 +141,14 @@ def test_two_fsdp2_processes_resume_to_the_bit_and_load_a_gated_file(dataset, tm
 
 
 STOCK = """
-import importlib.metadata, json, sys, warnings
+import json, runpy, sys, warnings
 warnings.filterwarnings("ignore")
-import catalogue
-found = catalogue.AVAILABLE_ENTRY_POINTS
-found = sum(map(list, found.values()), []) if isinstance(found, dict) else found
-others = [e for e in found if e.dist.name.replace("-", "_") != "llmfoundry_wesar"]
-catalogue.AVAILABLE_ENTRY_POINTS = importlib.metadata.EntryPoints(others)
-sys.modules["llmfoundry_wesar"] = None
+runpy.run_path(sys.argv[1])
 from composer.loggers import InMemoryLogger
 from llmfoundry import registry
 from llmfoundry.command_utils import train_from_yaml
 assert "wesar" not in registry.config_transforms
-trainer = train_from_yaml(sys.argv[1])
+trainer = train_from_yaml(sys.argv[2])
 [logger] = [d for d in trainer.logger.destinations if isinstance(d, InMemoryLogger)]
 print("LOSSES", json.dumps([float(value) for _, value in logger.data["loss/train/total"]]))
 """
@@ -174,7 +169,7 @@ def test_the_stock_model_does_not_notice_the_plugin(dataset, tmp_path):
     config.model.attn_config.attn_type = "multihead_attention"
     config.optimizer = {"name": "decoupled_adamw", "lr": 5e-3}
     OmegaConf.save(config, tmp_path / "stock.yaml")
-    command = [sys.executable, "-c", STOCK, str(tmp_path / "stock.yaml")]
+    command = [sys.executable, "-c", STOCK, str(REPOSITORY / "tests/without_plugin.py"), str(tmp_path / "stock.yaml")]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-4000:]
