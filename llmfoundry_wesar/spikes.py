@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import matplotlib
@@ -29,6 +30,23 @@ LOOK_BACK = 20
 _ROWS = 20
 _COLOURS = (0.1, 10)
 _DPI = 120
+
+
+@dataclass(frozen=True)
+class Move:
+    """A matrix left its usual range.
+
+    Attributes:
+        matrix: Its name.
+        quantity: A key of `QUANTITIES`.
+        before: How many steps before the loss.
+        factor: The value ÷ the median of the 32 steps before, the most extreme one up to the spike.
+    """
+
+    matrix: str
+    quantity: str
+    before: int
+    factor: float
 
 
 @dataclass(frozen=True)
@@ -72,22 +90,10 @@ class Record:
         odd = after[~np.isfinite(after)]
         return float(odd[0] if len(odd) else after.max())
 
-
-@dataclass(frozen=True)
-class Move:
-    """A matrix left its usual range.
-
-    Attributes:
-        matrix: Its name.
-        quantity: A key of `QUANTITIES`.
-        before: How many steps before the loss.
-        factor: The value ÷ the median of the 32 steps before, the most extreme one up to the spike.
-    """
-
-    matrix: str
-    quantity: str
-    before: int
-    factor: float
+    @cached_property
+    def moved(self) -> list[Move]:
+        """What `moves` returns, which report, picture and log line need."""
+        return moves(self)
 
 
 def usual_loss(losses: Sequence[float] | np.ndarray) -> float:
@@ -180,7 +186,7 @@ def headline(record: Record) -> str:
 
 def cause(record: Record) -> str:
     """Return one line: the matrix that moved first."""
-    found = moves(record)
+    found = record.moved
     if not found:
         return "No matrix left its usual range before the loss; look at the batch."
     first = found[0]
@@ -199,7 +205,7 @@ def _when(move: Move) -> str:
 
 def report(record: Record) -> str:
     """Return the text of `report.md`."""
-    index, found = record.index, moves(record)
+    index, found = record.index, record.moved
     finite = "" if math.isfinite(record.losses[index]) else ", which is not finite"
     lines = [
         f"{place}. `{move.matrix}`: {QUANTITIES[move.quantity]} × {move.factor:.3g}, {_when(move)}\n"
@@ -229,7 +235,7 @@ def draw_spike(record: Record) -> Figure:
 
     A row of the heat maps is a matrix, in the order in which they left their usual range, then in the model's.
     """
-    order = [move.matrix for move in moves(record)]
+    order = [move.matrix for move in record.moved]
     order += [name for name in record.matrices if name not in set(order)]
     rows = [record.matrices.index(name) for name in order]
     steps = record.steps[record.measured]
