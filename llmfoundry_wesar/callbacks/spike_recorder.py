@@ -5,7 +5,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ import torch
 from composer.core import State, Time
 from composer.loggers import Logger, TensorboardLogger
 from composer.utils import dist
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import Tensor
 
 from llmfoundry_wesar.callbacks.interval import IntervalCallback
 from llmfoundry_wesar.callbacks.measurement import StepMeasurement, trainable_matrices
 from llmfoundry_wesar.export.folders import whole
+from llmfoundry_wesar.figures import pixels
 from llmfoundry_wesar.sharded import sum_over_ranks
 from llmfoundry_wesar.spikes import FOLDER, QUANTITIES, Record, cause, draw_spike, headline, jumped, write
 
@@ -46,7 +46,7 @@ class _Spike:
 
     step: int
     batch: str
-    tokens: dict[int, Any] = field(default_factory=dict)  # step → tokens of all ranks
+    tokens: dict[int, Any]  # step → tokens of all ranks
 
 
 class SpikeRecorder(IntervalCallback):
@@ -97,12 +97,10 @@ class SpikeRecorder(IntervalCallback):
         super().__init__(interval)
         for key, value, least in (("window", window, 1), ("after", after, 0), ("most", most, 1)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(
-                    f"callbacks.spike_recorder.{key}: {value!r} is not a whole number of at least {least}."
-                )
+                raise ValueError(f"{self.key(key)}: {value!r} is not a whole number of at least {least}.")
         for key, value in (("deviations", deviations), ("nats", nats)):
             if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
-                raise ValueError(f"callbacks.spike_recorder.{key}: {value!r} is not a number of at least 0.")
+                raise ValueError(f"{self.key(key)}: {value!r} is not a number of at least 0.")
         self.window, self.after, self.deviations, self.nats, self.most = window, after, deviations, nats, most
         self.folder = folder
         self._losses: deque[float] = deque(maxlen=_HISTORY + 1)
@@ -188,16 +186,13 @@ class SpikeRecorder(IntervalCallback):
         if dist.get_global_rank() != 0:
             return
         picture = draw_spike(record)
-        canvas = FigureCanvasAgg(picture)
         with whole(self._path / str(spike.step), replace=True) as folder:
             folder.mkdir()
             write(record, folder, picture)
             if spike.tokens:
                 _write_tokens(folder / "tokens.csv", spike.tokens)
         if again or self.after == 0:
-            canvas.draw()
-            pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-            logger.log_images(pixels, name="spike", channels_last=True, use_table=False)
+            logger.log_images(pixels(picture), name="spike", channels_last=True, use_table=False)
         else:
             log.warning("spike_recorder: %s. %s See %s.", headline(record), cause(record), self._path / str(spike.step))
 
