@@ -50,7 +50,7 @@ class GateMonitor(RoleMonitor):
         ValueError: If nothing is left to log, or `interval` is not a positive time.
     """
 
-    name, quantity = "gate_monitor", "gate"
+    quantity = "gate"
 
     def matrices(self, state: State) -> list[str]:
         """Return the module paths of the gates."""

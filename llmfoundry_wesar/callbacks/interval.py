@@ -86,10 +86,14 @@ class IntervalCallback(Callback):
         self.interval = self._interval.time
 
     @classmethod
+    def name(cls) -> str:
+        """Return the callback's key in a config."""
+        return re.sub("(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+
+    @classmethod
     def key(cls, option: str) -> str:
         """Return the config's key of an option, `callbacks.NAME.OPTION`."""
-        name = re.sub("(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
-        return f"callbacks.{name}.{option}"
+        return f"callbacks.{cls.name()}.{option}"
 
     def due(self, state: State) -> bool:
         """Return whether the current step is due. Call this once in each step, before the timestamp advances."""

@@ -17,7 +17,6 @@ class RoleMonitor(IntervalCallback):
     """Log a quantity by matrix, by role, or both.
 
     Attributes:
-        name: The callback's key in a YAML.
         quantity: What it measures of each matrix, the first part of the keys.
 
     Args:
@@ -29,7 +28,6 @@ class RoleMonitor(IntervalCallback):
         ValueError: If nothing is left to log, or `interval` is not a positive time.
     """
 
-    name: ClassVar[str]
     quantity: ClassVar[str]
 
     def __init__(self, interval: str | Time = "10ba", by_role: bool = True, by_matrix: bool = True):
@@ -39,8 +37,8 @@ class RoleMonitor(IntervalCallback):
                 raise ValueError(f"{self.key(option)}: {value!r} is not one of true, false.")
         if not by_role and not by_matrix:
             raise ValueError(
-                f"callbacks.{self.name}: by_role: false and by_matrix: false leave nothing to log; set one to true, or "
-                "remove the callback."
+                f"callbacks.{self.name()}: by_role: false and by_matrix: false leave nothing to log; set one to true, "
+                "or remove the callback."
             )
         self.by_role, self.by_matrix = by_role, by_matrix
         self._logged = False
@@ -72,8 +70,8 @@ class RoleMonitor(IntervalCallback):
             self._found_nan = True
             others = f" and {len(broken) - 3} others" if len(broken) > 3 else ""
             warnings.warn(
-                f"callbacks.{self.name}: NaN for the first time, in {', '.join(broken[:3])}{others} of {len(metrics)} "
-                "logged values: the run has diverged.",
+                f"callbacks.{self.name()}: NaN for the first time, in {', '.join(broken[:3])}{others} of "
+                f"{len(metrics)} logged values: the run has diverged.",
                 stacklevel=2,
             )
         if self.by_matrix and not self._logged:

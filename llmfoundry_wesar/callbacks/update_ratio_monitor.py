@@ -72,7 +72,7 @@ class UpdateRatioMonitor(RoleMonitor):
             is left.
     """
 
-    name, quantity = "update_ratio_monitor", "update_ratio"
+    quantity = "update_ratio"
 
     def __init__(
         self,
@@ -100,8 +100,7 @@ class UpdateRatioMonitor(RoleMonitor):
         self._measurement: StepMeasurement | None = None
         self._pictures = None
         if picture_interval is not None:
-            key = "callbacks.update_ratio_monitor.picture_interval"
-            self._pictures = Interval(picture_interval, key, "to draw nothing, set it to null")
+            self._pictures = Interval(picture_interval, self.key("picture_interval"), "to draw nothing, set it to null")
         self._history = _History()
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -145,8 +144,8 @@ class UpdateRatioMonitor(RoleMonitor):
         self._measurement.finish()
         metrics = self._measurement.metrics(sum_over_ranks(self._measurement.addends, state.device))
         self._measurement = None
-        parts = (key.partition("/") for key in metrics)
-        ratios = {module: metrics[f"update_ratio/{module}"] for metric, _, module in parts if metric == "update_ratio"}
+        prefix = "update_ratio/"
+        ratios = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
         roles = by_role(ratios)
         self.log(logger, metrics, roles)
         if self._pictures is not None and dist.get_global_rank() == 0:
