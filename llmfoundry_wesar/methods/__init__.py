@@ -119,6 +119,18 @@ def _check_variables(variables: dict[str, Any]) -> None:
                 )
 
 
+def _merge(defaults: list[DictConfig], config: dict[str, Any]) -> dict[str, Any]:
+    """Put a config's own keys over the defaults of its method and setting."""
+    default = OmegaConf.to_container(OmegaConf.merge(*defaults))
+    assert isinstance(default, dict)
+    for key, value in default.items():
+        if isinstance(value, dict) and not isinstance(config.get(str(key)), dict | None):
+            raise ValueError(f"{key}: {config[str(key)]!r} is not a mapping of keys to values.")
+    merged = OmegaConf.to_container(OmegaConf.merge(_without_nulls(default), config), resolve=True)
+    assert isinstance(merged, dict)
+    return {str(key): value for key, value in merged.items()}
+
+
 def expand(config: dict[str, Any], check_data: bool = True, check_keys: bool = True) -> dict[str, Any]:
     """Add the keys of the run's method and setting that the run does not set, and the callback of `wesar_adamw`.
 
@@ -142,24 +154,12 @@ def expand(config: dict[str, Any], check_data: bool = True, check_keys: bool = T
         raise ValueError(f"variables: {variables!r} is not a mapping; write `variables: {{name: value}}`.")
     _check_variables(variables)
     defaults = [load(kind, variables[kind]) for kind in _FOLDERS if variables.get(kind) is not None]
-    if not defaults:
-        _check_buffers(config)
-        expanded = _with_optimizer_gates(config)
-        if check_keys:
-            _check_ours(expanded)
-        return expanded
-    default = OmegaConf.to_container(OmegaConf.merge(*defaults))
-    assert isinstance(default, dict)
-    for key, value in default.items():
-        if isinstance(value, dict) and not isinstance(config.get(str(key)), dict | None):
-            raise ValueError(f"{key}: {config[str(key)]!r} is not a mapping of keys to values.")
-    merged = OmegaConf.to_container(OmegaConf.merge(_without_nulls(default), config), resolve=True)
-    assert isinstance(merged, dict)
-    expanded = _with_optimizer_gates({str(key): value for key, value in merged.items()})
+    expanded = _with_optimizer_gates(_merge(defaults, config) if defaults else config)
     _check_buffers(expanded)
-    _check_stock_model(expanded)
-    if check_data:
-        _check_data(expanded)
+    if defaults:
+        _check_stock_model(expanded)
+        if check_data:
+            _check_data(expanded)
     if check_keys:
         _check_ours(expanded)
     return expanded
