@@ -1,28 +1,17 @@
 """How the monitors' metrics are arranged in real loggers."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import wandb
 from composer import Callback, Logger, State
-from composer.loggers import LoggerDestination, TensorboardLogger, WandBLogger
+from composer.loggers import TensorboardLogger, WandBLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 
 from llmfoundry_wesar.callbacks import GateMonitor, UpdateRatioMonitor
-from tests.callbacks.training import regression, train
-
-
-class Own(LoggerDestination):
-    """A user's logger, which has nothing but metrics."""
-
-    def __init__(self) -> None:
-        self.keys: set[str] = set()
-
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        self.keys |= metrics.keys()
+from tests.callbacks.training import Metrics, regression, train
 
 
 class Summary(Callback):
@@ -37,7 +26,7 @@ def test_each_logger_gets_what_it_can_show(tmp_path: Path, monkeypatch: pytest.M
     """TensorBoard has one layout, whose curves and bands are logged. The summary of wandb has roles but no matrices."""
     for key, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
         monkeypatch.setenv(key, value)
-    own = Own()
+    own = Metrics()
     loggers = [TensorboardLogger(str(tmp_path), flush_interval=1), WandBLogger(project="p"), own]
     summary = Summary()
     callbacks = [UpdateRatioMonitor("2ba"), GateMonitor("2ba"), summary]
@@ -50,7 +39,7 @@ def test_each_logger_gets_what_it_can_show(tmp_path: Path, monkeypatch: pytest.M
 
     files = [EventAccumulator(str(file)).Reload() for file in (tmp_path / "run").glob("*tfevents*")]
     tags = {tag for file in files for tag in file.Tags()["scalars"]}
-    assert tags == {key for key in own.keys if "/" in key}
+    assert tags == {key for key in own.metrics if "/" in key}
     [event] = [
         event
         for file in files

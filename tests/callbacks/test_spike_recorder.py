@@ -2,7 +2,6 @@
 
 import csv
 import math
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 from composer import Callback, Event, Logger, State
-from composer.loggers import LoggerDestination
 from typer.testing import CliRunner
 
 from llmfoundry_wesar.callbacks import GateMonitor, SpikeRecorder, UpdateRatioMonitor
 from llmfoundry_wesar.cli import app
 from llmfoundry_wesar.spikes import Record, jumped, moves
-from tests.callbacks.training import MATRICES, SCALAR_GATED, PlainNet, regression, train
+from tests.callbacks.training import MATRICES, SCALAR_GATED, Metrics, Pictures, PlainNet, regression, train
 
 STEPS, SPIKE = 70, 50
 
@@ -30,27 +28,6 @@ class Inject(Callback):
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
         if event == self.event and state.timestamp.batch.value == self.step:
             self.change(state)
-
-
-class Images(LoggerDestination):
-    """A logger that keeps the images it gets."""
-
-    def __init__(self):
-        self.images: dict[str, np.ndarray] = {}
-
-    def log_images(self, images: Any, name: str = "", *args: Any, **kwargs: Any) -> None:
-        self.images[name] = images
-
-
-class Metrics(LoggerDestination):
-    """A user's own logger that has only `log_metrics`."""
-
-    def __init__(self):
-        self.metrics = defaultdict(dict)
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        for key, value in metrics.items():
-            self.metrics[key][step] = value
 
 
 def explode(state: State) -> None:
@@ -115,18 +92,19 @@ def test_it_holds_what_the_monitors_log_and_names_the_exploded_matrix_first(tmp_
 
 def test_a_batch_that_breaks_the_loss_is_named_and_not_a_matrix(tmp_path):
     """One batch of a repeated token: the loss jumps in the same step, before any matrix has moved."""
-    images, metrics = Images(), Metrics()
+    pictures, metrics = Pictures("spike"), Metrics()
     torch.manual_seed(0)
     model = regression(PlainNet)
     recorder = SpikeRecorder(folder=str(tmp_path), window=40, after=5, nats=0.2)
     inject = Inject(Event.AFTER_DATALOADER, SPIKE, repeat)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    train(model, optimizer, [inject, recorder], STEPS, loggers=[images, metrics])
+    train(model, optimizer, [inject, recorder], STEPS, loggers=[pictures, metrics])
     [folder] = tmp_path.iterdir()
     report = (folder / "report.md").read_text()
     assert report.startswith(f"# Spike at step {SPIKE}: ")
     assert "No matrix left its usual range before the loss; look at the batch. In its step `net." in report
-    assert images.images["spike"].ndim == 3 and images.images["spike"].dtype == np.uint8
+    [picture] = pictures.logged.values()
+    assert picture.ndim == 3 and picture.dtype == np.uint8
     assert len(metrics.metrics["loss/train/total"]) == STEPS
 
 

@@ -1,6 +1,6 @@
 """A small model with every kind of layer that the monitors distinguish, and a real trainer."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -128,14 +128,26 @@ def fit(
     return {key: {time.batch.value: value for time, value in values} for key, values in logger.data.items()}
 
 
-class Pictures(LoggerDestination):
-    """Keeps the pictures that are logged."""
+class Metrics(LoggerDestination):
+    """A user's own logger, which has nothing but metrics."""
 
     def __init__(self) -> None:
+        self.metrics: dict[str, dict[int | None, float]] = defaultdict(dict)
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        for key, value in metrics.items():
+            self.metrics[key][step] = value
+
+
+class Pictures(LoggerDestination):
+    """Keeps the pictures that are logged, which must have the given name."""
+
+    def __init__(self, name: str = "update_ratios") -> None:
+        self.name = name
         self.logged: dict[int | None, np.ndarray] = {}
 
     def log_images(self, images: Any, name: str = "", channels_last: bool = False, step: Any = None, *_: Any) -> None:
-        assert (name, channels_last) == ("update_ratios", True)
+        assert (name, channels_last) == (self.name, True)
         self.logged[step] = images
 
 
