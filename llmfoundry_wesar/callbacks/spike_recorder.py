@@ -142,15 +142,15 @@ class SpikeRecorder(IntervalCallback):
         self._losses.append(loss)
         if self._spike is not None:
             if number == self._spike.step + self.after:
-                self._write(state, logger)
+                self._write(state, logger, last=True)
         elif jumped(self._losses, self.deviations, self.nats) and self._written() < self.most:
             self._spike = _Spike(number, _batch(state), self._tokens())
-            self._write(state, logger)
+            self._write(state, logger, last=self.after == 0)
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """Write a spike shortly before the end again, with the steps after it."""
         if self._spike is not None:
-            self._write(state, logger)
+            self._write(state, logger, last=True)
 
     def _addends(self) -> Tensor:
         assert self._measurement is not None
@@ -176,12 +176,10 @@ class SpikeRecorder(IntervalCallback):
                 tokens[number] = [part for rank in dist.all_gather_object(batch.cpu().numpy()) for part in rank]
         return tokens
 
-    def _write(self, state: State, logger: Logger) -> None:
-        """Write the folder on rank 0."""
+    def _write(self, state: State, logger: Logger, last: bool) -> None:
+        """Write the folder on rank 0. The last time, with all steps after the spike, log the picture too."""
         assert self._spike is not None
-        spike, again = self._spike, self._steps[-1].number > self._spike.step
-        if again or self.after == 0:
-            self._spike = None
+        spike, self._spike = self._spike, None if last else self._spike
         record = self._record(state, spike)
         if dist.get_global_rank() != 0:
             return
@@ -191,7 +189,7 @@ class SpikeRecorder(IntervalCallback):
             write(record, folder, picture)
             if spike.tokens:
                 _write_tokens(folder / "tokens.csv", spike.tokens)
-        if again or self.after == 0:
+        if last:
             logger.log_images(pixels(picture), name="spike", channels_last=True, use_table=False)
         else:
             log.warning("spike_recorder: %s. %s See %s.", headline(record), cause(record), self._path / str(spike.step))

@@ -147,6 +147,17 @@ def test_a_spike_near_the_end_and_a_measurement_at_an_interval(tmp_path):
     assert {step for step, _ in found} == set(range(28, 70, 2))
 
 
+def test_a_jump_in_the_last_step_is_said_once_and_its_picture_is_logged(tmp_path, caplog):
+    pictures = Pictures("spike")
+    model = regression()
+    recorder = SpikeRecorder(folder=str(tmp_path), window=20, after=5, nats=0.2)
+    inject = Inject(Event.AFTER_DATALOADER, 29, repeat)
+    train(model, torch.optim.SGD(model.parameters(), lr=0.02), [inject, recorder], 30, loggers=[pictures])
+    assert [path.name for path in tmp_path.iterdir()] == ["29"]
+    assert len(pictures.logged) == 1
+    assert [record.message.partition(":")[0] for record in caplog.records].count("spike_recorder") == 1
+
+
 def test_a_jump_is_above_the_usual_noise_and_above_the_given_nats():
     """By hand: losses 3 and 3.1 in turn have differences of ±0.1 and the median 3.05."""
     usual = [3.0, 3.1] * 20
