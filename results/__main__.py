@@ -9,8 +9,8 @@ from typer import Argument, Option, Typer, echo
 from llmfoundry_wesar.cli import one_line_errors
 from llmfoundry_wesar.runs.scalars import replacing
 from llmfoundry_wesar.runs.summary import markdown, table
-from results import learning_rates, methods, norms, perplexity, relative_step, seeds, spikes, update_ratios
-from results.evidence import FOLDER, SIZES, Evidence, Lacking, Verdict, run
+from results import equal_step, learning_rates, methods, norms, perplexity, relative_step, seeds, spikes, update_ratios
+from results.evidence import FOLDER, LONG, SIZES, Evidence, Lacking, Verdict, run
 
 CLAIMS: dict[str, ModuleType] = {
     "update_ratios": update_ratios,
@@ -20,7 +20,9 @@ CLAIMS: dict[str, ModuleType] = {
     "learning_rates": learning_rates,
     "relative_step": relative_step,
     "spikes": spikes,
+    "equal_step": equal_step,
 }
+LETTERS = dict(zip(CLAIMS, "abcdefgh", strict=True))
 WORK = Path("runs/claims")
 app = Typer(help="The evidence for the claims in results/README.md.", no_args_is_help=True)
 
@@ -36,7 +38,7 @@ def judge(claim: ModuleType, evidence: Evidence) -> Verdict:
 @app.command("run")
 def run_claim(
     claim: Annotated[str, Argument(help=f"One of {', '.join(CLAIMS)}.")],
-    size: Annotated[str, Option(help=f"One of {', '.join(SIZES)}; 130m needs a GPU.")] = "2m",
+    size: Annotated[str, Option(help=f"Size and length, one of {', '.join(SIZES)}; 130m needs a GPU.")] = "2m",
     work: Annotated[Path, Option(help="Folder for logs, event files and checkpoints.")] = WORK,
 ) -> None:
     """Train the runs of a claim that are not kept yet. After an interruption, the same command continues."""
@@ -64,26 +66,38 @@ def score(
 @app.command()
 def report(out: Annotated[Path, Option(help="Folder for verdicts.md and the pictures.")] = FOLDER) -> None:
     """Write verdicts.md and its pictures from runs.csv, curves and perplexity.csv. Nothing is trained."""
-    evidence = Evidence()
     text = "# What came out\n\nWritten by `python -m results report`; README.md beside it has the claims and rules.\n\n"
-    text += f"{len(evidence.rows)} runs finished, {len(evidence.failed)} failed. Intervals are 95%, over seeds.\n\n"
-    sections = {f"({letter}) {name}": claim for letter, (name, claim) in zip("abcdefg", CLAIMS.items(), strict=True)}
-    for name, claim in {**sections, "perplexity": perplexity}.items():
-        title, verdict = name.replace("_", " "), judge(claim, evidence)
-        sentence = f"{title}: {verdict.status}. {verdict.sentences}"
-        echo(sentence)
-        text += f"## {title}\n\n{sentence}\n\n"
-        if verdict.table:
-            header, *lines = verdict.table
-            text += markdown([header]) + "|---" * len(header) + "|\n" + markdown(lines) + "\n"
-        if verdict.picture:
-            picture = f"{claim.__name__.rpartition('.')[2]}.png"
-            # Without the version of matplotlib in it, equal pictures are equal files.
-            with replacing(out / picture) as partial:
-                verdict.picture.savefig(partial, dpi=160, metadata={"Software": None})
-            text += f"![{title}]({picture})\n\n"
+    text += "Intervals are 95%, over seeds.\n\n"
+    for size in ("2m", *LONG):
+        evidence, steps = Evidence(size=size), size.partition("-")[2] or "200"
+        text += f"# {int(steps):,} steps\n\n"
+        text += f"{len(evidence.rows)} runs finished, {len(evidence.failed)} failed.\n\n"
+        # (g) has no runs of its own, and looks at those of every size.
+        sections = {
+            f"({letter}) {name}": CLAIMS[name]
+            for name, letter in LETTERS.items()
+            if name == "spikes" or any(each.size == size for each in CLAIMS[name].SERIES)
+        }
+        if size == "2m":
+            sections["perplexity"] = perplexity
+        for name, claim in sections.items():
+            title, verdict = name.replace("_", " "), judge(claim, evidence)
+            if size in LONG:
+                title += f", {int(steps):,} steps"
+            sentence = f"{title}: {verdict.status}. {verdict.sentences}"
+            echo(sentence)
+            text += f"## {title}\n\n{sentence}\n\n"
+            if verdict.table:
+                header, *lines = verdict.table
+                text += markdown([header]) + "|---" * len(header) + "|\n" + markdown(lines) + "\n"
+            if verdict.picture:
+                picture = f"{claim.__name__.rpartition('.')[2]}{f'-{steps}' if size in LONG else ''}.png"
+                # Without the version of matplotlib in it, equal pictures are equal files.
+                with replacing(out / picture) as partial:
+                    verdict.picture.savefig(partial, dpi=160, metadata={"Software": None})
+                text += f"![{title}]({picture})\n\n"
     if large := Evidence(size="130m").rows:
-        text += f"## 130M\n\n{table(large)}\n"
+        text += f"# 130M\n\n{table(large)}\n"
     with replacing(out / "verdicts.md") as partial:
         partial.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
 

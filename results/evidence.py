@@ -26,17 +26,54 @@ DIGITS = 5
 SEEDS = tuple(range(11, 16))
 # The two methods that most claims compare, and the seeds of their runs at LEARNING_RATE.
 MAIN, MAIN_SEEDS = ("small_init", "wesar"), tuple(range(11, 19))
+LONG_SEEDS = (21, 22, 23)
 LEARNING_RATE = 1e-3
 
 
 class Size(NamedTuple):
-    """A model size: its training YAML, the overrides of all its runs, and the limits of its number of parameters."""
+    """A model size and a length of training.
+
+    Attributes:
+        config: The training YAML.
+        overrides: Those of all runs.
+        parameters: Limits of the number of parameters.
+        length: `max_duration`, if the runs vary it, else "".
+        seeds: The seeds that are judged.
+        main_seeds: Those of MAIN at LEARNING_RATE.
+    """
 
     config: str
     overrides: tuple[str, ...]
     parameters: tuple[float, float]
+    length: str = ""
+    seeds: tuple[int, ...] = SEEDS
+    main_seeds: tuple[int, ...] = MAIN_SEEDS
 
 
+def _long(steps: int, interval: int) -> Size:
+    """Return the size of longer runs of the same model, which log every `interval` steps."""
+    return Size(
+        "yamls/quickstart.yaml",
+        (
+            "variables.data=data/english-49m",
+            "eval_loader.dataset.local=data/english-49m-val",
+            "eval_loader.dataset.split=train",
+            "scheduler.t_warmup=100ba",
+            "save_folder=checkpoints",
+            "save_interval=250ba",
+            "save_num_checkpoints_to_keep=1",
+            f"callbacks.update_ratio_monitor.interval={interval}ba",
+            f"callbacks.gate_monitor.interval={interval}ba",
+            _METRICS,
+        ),
+        (2e6, 3e6),
+        f"{steps}ba",
+        LONG_SEEDS,
+        LONG_SEEDS,
+    )
+
+
+LONG = {"2m-1500": _long(1500, 15), "2m-5000": _long(5000, 50)}
 SIZES = {
     "2m": Size(
         "yamls/quickstart.yaml",
@@ -49,6 +86,7 @@ SIZES = {
         ),
         (2e6, 3e6),
     ),
+    **LONG,
     # The paper's rapid setting on one GPU: 96 batches of 1,048,576 tokens.
     "130m": Size(
         "yamls/130m.yaml",
@@ -71,21 +109,22 @@ class Series:
 
     Attributes:
         methods: Values of `variables.method`.
-        seeds: Seeds of the weights and of the data order.
+        seeds: Seeds of the weights and of the data order; by default the size's.
         vary: Key → values.
         size: A name in `SIZES`.
     """
 
     methods: tuple[str, ...]
-    seeds: tuple[int, ...] = SEEDS
+    seeds: tuple[int, ...] = ()
     vary: Mapping[str, tuple[str, ...]] | None = None
     size: str = "2m"
 
     def plan(self, work: Path, overrides: Sequence[str] = ()) -> list[Run]:
         """List the runs, see `compare.plan`."""
-        config, own, _ = SIZES[self.size]
-        vary = [f"{key}={','.join(values)}" for key, values in (self.vary or {}).items()]
-        return plan(config, self.methods, self.seeds, work, vary, [*own, *overrides])
+        size = SIZES[self.size]
+        varied = {"max_duration": (size.length,)} if size.length else {}
+        vary = [f"{key}={','.join(values)}" for key, values in {**varied, **(self.vary or {})}.items()]
+        return plan(size.config, self.methods, self.seeds or size.seeds, work, vary, [*size.overrides, *overrides])
 
 
 def keep(row: Row, scalars: Scalars, folder: Path) -> None:
@@ -153,9 +192,16 @@ def jumped(row: Row) -> bool:
     return float(row["largest_jump"] or 0) > 1
 
 
-def _variation(row: Row) -> dict[str, float]:
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _variation(row: Row) -> dict[str, float | str]:
     pairs = (text.partition("=") for text in row["variation"].split())
-    return {key: float(value) for key, _, value in pairs}
+    return {key: _number(value) for key, _, value in pairs}
 
 
 class Evidence:
@@ -168,36 +214,47 @@ class Evidence:
 
     def __init__(self, folder: Path = FOLDER, size: str = "2m"):
         self.folder = folder
-        low, high = SIZES[size].parameters
-        rows = [row for row in read_rows(folder / "runs.csv") if low < float(row["parameters"]) < high]
+        self.size = SIZES[size]
+        low, high = self.size.parameters
+        rows = [
+            row
+            for row in read_rows(folder / "runs.csv")
+            if low < float(row["parameters"]) < high and _variation(row).get("max_duration", "") == self.size.length
+        ]
         self.rows = [row for row in rows if row["status"] == "finished"]
         self.failed = [row for row in rows if row["status"] != "finished"]
 
-    def find(self, method: str, seeds: Sequence[int] = SEEDS, **varied: float) -> list[Row]:
+    def find(self, method: str, seeds: Sequence[int] = (), **varied: float | str) -> list[Row]:
         """Find the row of a method's run for each of the seeds. If a run has several rows, take the last.
 
         Args:
             method: The value of `variables.method`.
-            seeds: The seeds, in the order of the result.
-            **varied: `learning_rate`, by default LEARNING_RATE, or `sigma`, by default the method's.
+            seeds: The seeds, in the order of the result; by default the size's.
+            **varied: `learning_rate`, by default LEARNING_RATE; `sigma`, by default the method's; `betas` and
+                `final_rate` (its share of the highest rate), by default the YAML's.
 
         Raises:
             Lacking: The run of a seed is not there.
         """
+        seeds = seeds or self.size.seeds
         names = {"learning_rate": "optimizer.lr", "sigma": "model.init_config.sigma"}
+        names |= {"betas": "optimizer.betas", "final_rate": "scheduler.alpha_f"}
         usual = ("learning_rate", LEARNING_RATE)
         variation = {names[name]: value for name, value in varied.items() if (name, value) != usual}
+        if self.size.length:
+            variation["max_duration"] = self.size.length
         found = {
             int(row["seed"]): row
             for row in self.rows
             if row["method"] == method and int(row["seed"]) in seeds and _variation(row) == variation
         }
         if len(found) < len(seeds):
-            with_values = "".join(f" {name} {value:g}" for name, value in varied.items())
+            texts = {name: value if isinstance(value, str) else f"{value:g}" for name, value in varied.items()}
+            with_values = "".join(f" {name} {text}" for name, text in texts.items())
             raise Lacking(f"{len(found)} of {len(seeds)} runs of {method}{with_values}")
         return [found[seed] for seed in seeds]
 
-    def losses(self, method: str, seeds: Sequence[int] = SEEDS, **varied: float) -> np.ndarray:
+    def losses(self, method: str, seeds: Sequence[int] = (), **varied: float | str) -> np.ndarray:
         """Return the held-out loss for each of the seeds; arguments and errors as for `find`."""
         return np.array([float(row["held_out_loss"]) for row in self.find(method, seeds, **varied)])
 

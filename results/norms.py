@@ -3,15 +3,16 @@
 import numpy as np
 
 from llmfoundry_wesar.figures import COLOURS
-from results.evidence import MAIN, MAIN_SEEDS, Evidence, Series, Verdict, by_role, decide, interval
+from results.evidence import LONG, MAIN, MAIN_SEEDS, Evidence, Series, Verdict, by_role, decide, interval
 from results.pictures import band, panels
 
-SERIES = (Series(MAIN, MAIN_SEEDS),)
+SERIES = (Series(MAIN, MAIN_SEEDS), *(Series(MAIN, size=size) for size in LONG))
 
 
 def report(evidence: Evidence) -> Verdict:
     """Judge the claim by its rule."""
-    runs = {method: [evidence.curves(row) for row in evidence.find(method, MAIN_SEEDS)] for method in MAIN}
+    seeds = evidence.size.main_seeds
+    runs = {method: [evidence.curves(row) for row in evidence.find(method, seeds)] for method in MAIN}
     small_norms, wesar_norms = (by_role(runs[method], "weight_norm") for method in MAIN)
     gates = by_role(runs["wesar"], "gate")
     more, carried, lines = [], [], []
@@ -38,7 +39,7 @@ def report(evidence: Evidence) -> Verdict:
     bars = [*more, *carried]
     return Verdict(
         decide(all(bar.low > 0 for bar in bars), all(bar.high < 0 for bar in bars)),
-        f"‖W‖ at the end ÷ at the start, mean of {len(MAIN_SEEDS)} seeds, 95% interval. Small grows more than WeSaR in "
+        f"‖W‖ at the end ÷ at the start, mean of {len(seeds)} seeds, 95% interval. Small grows more than WeSaR in "
         f"{sum(bar.low > 0 for bar in more)} of the 2 matrices, less in {sum(bar.high < 0 for bar in more)}; under"
         f" WeSaR the gate carries more of the change than the norm in {sum(bar.low > 0 for bar in carried)}, less in "
         f"{sum(bar.high < 0 for bar in carried)}.",
