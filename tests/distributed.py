@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from composer.utils import dist
 
+import tests.shared_memory  # noqa: F401
+
 REPOSITORY = Path(__file__).parents[1]
 PROCESSES = 2
 
