@@ -46,6 +46,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.index(group(item.nodeid)))
 
 
+def pytest_make_parametrize_id(val: Any, argname: str) -> str | None:
+    """Keep bytes out of a test's name: gzip's hold the time, and `pytest -n` needs equal names in all processes."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Give each group of tests to one process of `pytest -n`, so that shared fixtures are made only once."""

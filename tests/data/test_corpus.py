@@ -226,7 +226,7 @@ JSON_X = b'{"text": "x"}\n'
         ("a.txt.xz", lzma.compress(b"text" * 99)[:-9], r"a.txt.xz is damaged, .*: its end is missing"),
         ("a.txt.xz", lzma.compress(b"text") + b"damaged", r"a.txt.xz is damaged, "),
         ("a.txt.bz2", bz2.compress(b"text") + b"damaged", r"a.txt.bz2 is damaged, "),
-        ("a.txt.gz", gzip.compress(b"text") + b"damaged", r"a.txt.gz is damaged, "),
+        ("a.txt.gz", gzip.compress(b"text", mtime=0) + b"damaged", r"a.txt.gz is damaged, "),
         ("a.txt.xz", b"no xz at all", r"a.txt.xz is damaged, or not in the .xz format"),
         ("a.txt.zst", b"no zstd at all", r"a.txt.zst is damaged, or not in the .zst format"),
         *((f"a.txt{suffix}", b"", rf"a.txt{suffix} is empty, so") for suffix in WRITERS if suffix),
