@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from llmfoundry_wesar.runs.plot import table as quickstart_table
 from llmfoundry_wesar.runs.scalars import Scalars, load_runs
 from llmfoundry_wesar.runs.summary import COLUMNS, read_rows, spike_steps, table
-from results import learning_rates, methods, norms, relative_step, seeds, spikes, update_ratios
+from results import equal_step, learning_rates, methods, norms, relative_step, seeds, spikes, update_ratios
 from results.__main__ import CLAIMS, app
-from results.evidence import FOLDER, MAIN_SEEDS, SEEDS, Evidence, Lacking, Series, interval, keep, run
+from results.evidence import FOLDER, LONG_SEEDS, MAIN_SEEDS, SEEDS, Evidence, Lacking, Series, interval, keep, run
 
 DENSE = ("attn.Wq", "attn.out_proj", "ffn.up_proj", "ffn.down_proj")
 
@@ -39,6 +39,7 @@ def add(folder: Path, method: str, seed: int, held_out: float, logged: Scalars, 
         "seed": str(seed),
     }
     row |= {"status": "finished", "held_out_loss": str(held_out), "final_loss": str(held_out), "spikes": str(spikes)}
+    row["largest_jump"] = "0"
     keep(row | {"parameters": "2229888"}, logged, folder)
 
 
@@ -107,6 +108,45 @@ def test_update_ratios_are_judged_by_the_largest_over_the_smallest_role(tmp_path
     assert f"Small {small:.2f} ({small:.2f}–{small:.2f}), WeSaR {wesar:.2f}" in verdict.sentences
 
 
+LONG = "max_duration=1500ba"
+
+
+def test_runs_of_another_length_are_other_evidence(tmp_path: Path):
+    logged = scalars(lambda step: 8.0)
+    for held_out, variation in (
+        (5.0, ""),
+        (4.0, LONG),
+        (3.5, f"{LONG} optimizer.lr=2.0e-3"),
+        (3.0, LONG[:-6] + "5000ba"),
+    ):
+        add(tmp_path, "wesar", 21, held_out, logged, variation)
+    found = {size: Evidence(tmp_path, size) for size in ("2m", "2m-1500", "2m-5000")}
+    losses = {size: float(each.losses("wesar", (21,))[0]) for size, each in found.items()}
+    assert losses == {"2m": 5.0, "2m-1500": 4.0, "2m-5000": 3.0}
+    assert found["2m-1500"].losses("wesar", (21,), learning_rate=2e-3) == [3.5]
+    with pytest.raises(Lacking, match="1 of 3 runs of wesar"):
+        found["2m-1500"].find("wesar")
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "status"),
+    # By how much W_d moves faster than the other matrices, in the first half of training and in the second.
+    [((4, 1), (4, 1), "confirmed"), ((4, 1), (4, 3), "not confirmed"), ((1, 1), (4, 1), "not decided")],
+)
+def test_long_runs_are_judged_by_both_ends(tmp_path: Path, first: tuple, last: tuple, status: str):
+    for seed in LONG_SEEDS:
+        for method, *factors in zip(("small_init", "wesar"), first, last, strict=True):
+            fast = lambda name, step, factors=factors: (  # noqa: E731
+                1e-3 * (factors[step > 20] if name.endswith("down_proj") else 1)
+            )
+            add(tmp_path, method, seed, 5.0, scalars(lambda step: 8.0, update_ratio=fast), LONG)
+    verdict = update_ratios.report(Evidence(tmp_path, "2m-1500"))
+    assert verdict.status == status
+    small, wesar = last
+    assert f"last tenth of training, median (range) of 3 seeds: Small {small:.2f}" in verdict.sentences
+    assert f"WeSaR {wesar:.2f}" in verdict.sentences.partition("last tenth")[2]
+
+
 @pytest.mark.parametrize(("grows", "status"), [("small_init", "confirmed"), ("wesar", "not confirmed")])
 def test_norms_are_judged_by_growth_and_by_what_the_gate_carries(tmp_path: Path, grows: str, status: str):
     rng = np.random.default_rng(0)
@@ -146,6 +186,45 @@ def test_methods_are_judged_at_one_rate_and_at_the_best_of_each(
     # 5.4 + 0.2·slope at 4e-3, or 5.3 at 5e-4, minus WeSaR's 4.9, up to the noise of 0.01.
     left = 0.4 if slopes[1] > 0 else 0.5 + 0.2 * slopes[1]
     assert abs(float(verdict.table[1][6].split()[0]) - left) < 0.011
+
+
+@pytest.mark.parametrize(
+    ("lead", "dropped", "status"),
+    [(0.4, (), "confirmed"), (0.4, ("he_init",), "not decided"), (-0.2, ("he_init",), "not confirmed")],
+)
+def test_long_runs_take_the_rate_that_the_search_chose(tmp_path: Path, lead: float, dropped: tuple, status: str):
+    rng, logged = np.random.default_rng(0), scalars(lambda step: 8.0)
+    for method in (*methods.METHODS, methods.EXTRA):
+        loss = 4.0 if method in ("wesar", methods.EXTRA) else 4.0 + lead
+        for rate in ("", *methods.SEARCH):
+            variation = f"{LONG} optimizer.lr={rate}" if rate else LONG
+            gain = 0.1 if rate == "2.0e-3" else 0.0
+            add(tmp_path, method, methods.SEARCH_SEED, loss - gain, logged, variation)
+            for seed in LONG_SEEDS if method not in dropped and rate != "4.0e-3" else ():
+                add(tmp_path, method, seed, loss - gain + 0.001 * rng.random(), logged, variation)
+    evidence = Evidence(tmp_path, "2m-1500")
+    assert methods.best_rate(evidence, "wesar")[0] == 2e-3
+    verdict = methods.report(evidence)
+    assert verdict.status == status
+    assert ("0 of 3 runs of he_init" in verdict.sentences) == bool(dropped)
+    # Its loss is that of `wesar`, but it is no pair of the paper.
+    assert verdict.table[-1][0] == methods.EXTRA
+    count = len(methods.OTHERS) - len(dropped)
+    assert f"of {count} pairs with it {count if lead > 0 else 0} are in the paper's order" in verdict.sentences
+
+
+@pytest.mark.parametrize("spiked", [False, True])
+def test_gates_are_tested_at_an_equal_step_only_if_the_plain_model_spikes(tmp_path: Path, spiked: bool):
+    for rate in equal_step.RATES:
+        variation = f"{LONG} optimizer.betas=[0.9,0.99] scheduler.alpha_f=1.0 optimizer.lr={rate}"
+        add(tmp_path, "small_init", equal_step.SEARCH_SEED, 5.0, _ratio(0.01), variation, int(spiked))
+    evidence = Evidence(tmp_path, "2m-1500")
+    if spiked:
+        with pytest.raises(Lacking, match=r"small_init at 0\.008, where it spikes"):
+            equal_step.report(evidence)
+    else:
+        verdict = equal_step.report(evidence)
+        assert verdict.status == "not decided" and [line[4] for line in verdict.table[1:]] == ["0"] * 3
 
 
 @pytest.mark.parametrize(("factor", "status"), [(10, "confirmed"), (0.1, "not confirmed"), (1, "not decided")])
