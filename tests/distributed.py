@@ -1,6 +1,6 @@
-"""Run a test's function on two CPU processes over gloo.
+"""Run a test's function on two or more CPU processes over gloo.
 
-The processes start at the first call and stay for later calls, because importing Composer and foundry takes longer than
+Two processes start at the first call and stay for later calls, because importing Composer and foundry takes longer than
 most of the functions.
 """
 
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ REPOSITORY = Path(__file__).parents[1]
 PROCESSES = 2
 
 
-def launch(function: Callable[..., Any], *args: Any, timeout: float = 300) -> list:
-    """Call ``function(*args)`` in each of two processes, with FSDP_VERSION=2.
+def launch(function: Callable[..., Any], *args: Any, processes: int = PROCESSES, timeout: float = 300) -> list:
+    """Call ``function(*args)`` in each process, with FSDP_VERSION=2.
 
     Args:
         function: At the top level of a module in `tests`; torch.distributed is initialised when it is called.
         args: Arguments that can be pickled, as its result must be.
+        processes: Their number. More than two end after the call, to free their memory.
         timeout: Seconds after which the processes are killed and the test fails.
 
     Returns:
@@ -39,6 +41,9 @@ def launch(function: Callable[..., Any], *args: Any, timeout: float = 300) -> li
     Raises:
         AssertionError: If the function failed; the message holds the end of what the processes printed.
     """
+    if processes != PROCESSES:
+        with closing(_Job(processes)) as job:
+            return job.call(function, args, timeout)
     try:
         return _job().call(function, args, timeout)
     except AssertionError:
@@ -47,14 +52,14 @@ def launch(function: Callable[..., Any], *args: Any, timeout: float = 300) -> li
 
 
 class _Job:
-    def __init__(self) -> None:
+    def __init__(self, processes: int = PROCESSES) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._output = Path(self._folder.name, "output")
         self._processes, self._connections = [], []
         # Composer reads these variables. torch.distributed.run would set them too, but would import torch once more.
-        world = {"WORLD_SIZE": f"{PROCESSES}", "LOCAL_WORLD_SIZE": f"{PROCESSES}", "NODE_RANK": "0"}
+        world = {"WORLD_SIZE": f"{processes}", "LOCAL_WORLD_SIZE": f"{processes}", "NODE_RANK": "0"}
         cpu = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "FSDP_VERSION": "2"}
-        for rank in range(PROCESSES):
+        for rank in range(processes):
             ours, theirs = multiprocessing.Pipe()
             with self._output.open("a") as output:
                 process = subprocess.Popen(
@@ -86,6 +91,12 @@ class _Job:
                 process.wait()
             raise AssertionError(f"{function.__name__} failed:\n{self._output.read_text()[-8000:]}") from error
 
+    def close(self) -> None:
+        for connection in self._connections:
+            connection.close()  # at which its process ends
+        for process in self._processes:
+            process.wait()
+
 
 @functools.cache
 def _job() -> _Job:
@@ -110,8 +121,8 @@ def _mend_gloo() -> None:
 
 def _serve(connection: Connection, store: str) -> None:
     """Call each function that the test process sends, until that process ends."""
-    rank = dist.get_global_rank()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES)
+    rank, size = dist.get_global_rank(), dist.get_world_size()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     _mend_gloo()
     while True:
         try:

@@ -19,7 +19,7 @@ DUE = {
     "1ep": (0, 5, 10),
     "2ep": (0, 10),
     f"{3 * BATCH}sp": (0, 3, 6, 9, 12),
-    f"{3 * BATCH - 1}sp": (0, 3, 6, 9, 12),  # steps 2, 5, 8 and 11 pass 23, 46, 69 and 92 samples
+    f"{3 * BATCH - 1}sp": (0, 3, 6, 9, 12),  # steps 2, 5, 8 and 11 pass 35, 70, 105 and 140 samples
     f"{BATCH // 2}sp": range(STEPS),  # several multiples in a step
     f"{4 * BATCH}tok": (0, 4, 8, 12),
     "0.25dur": (0, 4, 7, 10),  # quarters of 13 steps: 3.25, 6.5, 9.75

@@ -1,4 +1,4 @@
-"""The monitors on two processes, under each way to distribute a model, against one process on the same batches."""
+"""The monitors on two and three processes, each way to distribute a model, against one process on the same batches."""
 
 from collections import Counter
 from pathlib import Path
@@ -70,6 +70,10 @@ def _monitored(spread: str, net: type[Net] = Net) -> tuple[dict[str, dict[int, f
     for name, callback in watched.items():
         found[name] = collectives(callback.operations["after_train_batch", 1] + callback.operations["batch_end", 2])
     return metrics, found
+
+
+def _monitored_by_each() -> dict[tuple[str, str], dict[str, dict[int, float]]]:
+    return {(net.__name__, spread): _monitored(spread, net)[0] for net in NETS for spread in SPREADS}
 
 
 def _flat_parameters() -> str:
@@ -146,6 +150,16 @@ def test_two_processes_log_what_one_does(spread: str, net: type[Net], two_proces
         assert metrics.keys() == one_process[net.__name__].keys()
         for key, values in one_process[net.__name__].items():
             assert metrics[key] == pytest.approx(values, rel=1e-5), key
+
+
+def test_three_processes_log_what_one_does(one_process: dict) -> None:
+    """The matrices have 6, 11 and 13 rows, so the three shards of some are uneven."""
+    for rank in launch(_monitored_by_each, processes=3):
+        assert len(rank) == len(NETS) * len(SPREADS)
+        for (net, spread), metrics in rank.items():
+            assert metrics.keys() == one_process[net].keys()
+            for key, values in one_process[net].items():
+                assert metrics[key] == pytest.approx(values, rel=2e-5), (spread, key)
 
 
 @pytest.mark.parametrize("spread", SPREADS)

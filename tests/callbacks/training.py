@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from llmfoundry_wesar.layers import GatedEmbedding, GatedLinear, WeightNormLinear
 
-BATCH, STEPS = 8, 4
+BATCH, STEPS = 12, 4  # a batch for one, two, three or four processes
 VOCABULARY, WIDTH = 11, 6
 
 # The names that the monitors must give the trainable matrices of `Net`, on any number of processes.
