@@ -21,6 +21,9 @@ from llmfoundry_wesar.runs.summary import Row, append_rows, read_rows
 
 FOLDER = Path(__file__).parent
 KEPT = ("loss/train/loss", "metrics/eval/", "update_ratio/", "weight_norm/", "grad_norm/", "gate/")
+# An older expression for the same parameters. The runs of this model were all trained with it, and their names have a
+# hash of their configs.
+_GROUPS = r"optimizer.param_groups=[{param_str_match: 'norm|\.gate$|_ln\.', weight_decay: 0.0}]"
 _METRICS = "callbacks.update_ratio_monitor.metrics=[update_ratio,weight_norm,grad_norm]"
 DIGITS = 5
 SEEDS = tuple(range(11, 16))
@@ -64,6 +67,7 @@ def _long(steps: int, interval: int) -> Size:
             "save_num_checkpoints_to_keep=1",
             f"callbacks.update_ratio_monitor.interval={interval}ba",
             f"callbacks.gate_monitor.interval={interval}ba",
+            _GROUPS,
             _METRICS,
         ),
         (2e6, 3e6),
@@ -82,6 +86,7 @@ SIZES = {
             "eval_loader.dataset.local=data/english-val",
             "eval_loader.dataset.split=train",
             "save_folder=checkpoints",
+            _GROUPS,
             _METRICS,
         ),
         (2e6, 3e6),
