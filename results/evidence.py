@@ -1,10 +1,11 @@
 """Plan, train, keep and read the runs that the claims are judged by.
 
 runs.csv            a row for each run that has ended, with the columns of `summary`; rows are only ever appended
-curves/RUN.csv.xz   the losses of a finished run, and the KEPT metrics of every matrix
+curves/RUN.csv.xz   of a finished run the metrics that a claim needs, see KEPT; older files have more
 """
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ from llmfoundry_wesar.runs.scalars import Scalars, find_curves, read_scalars, wr
 from llmfoundry_wesar.runs.summary import Row, append_rows, read_rows
 
 FOLDER = Path(__file__).parent
-KEPT = ("loss/train/loss", "metrics/eval/", "update_ratio/", "weight_norm/", "grad_norm/", "gate/")
+KEPT = re.compile(r"loss/train/loss$|metrics/eval/|update_ratio/|(weight_norm|grad_norm|gate)/.*\bffn\.")
+# Of each matrix's metrics at most this many steps are kept; of the losses all.
+POINTS = 50
 # An older expression for the same parameters. The runs of this model were all trained with it, and their names have a
 # hash of their configs.
 _GROUPS = r"optimizer.param_groups=[{param_str_match: 'norm|\.gate$|_ln\.', weight_decay: 0.0}]"
@@ -135,11 +138,12 @@ class Series:
 def keep(row: Row, scalars: Scalars, folder: Path) -> None:
     """Write the curves of a run if it has finished, then append its row to `runs.csv`."""
     if row["status"] == "finished":
-        kept = {
-            metric: (steps, np.array([f"{value:.{DIGITS}g}" for value in values], dtype=np.float32))
-            for metric, (steps, values) in scalars.items()
-            if metric.startswith(KEPT)
-        }
+        kept = {}
+        for metric, (steps, values) in scalars.items():
+            if KEPT.match(metric):
+                every = 1 if metric.startswith(("loss/", "metrics/")) else -(-len(steps) // POINTS)
+                rounded = [f"{value:.{DIGITS}g}" for value in values[::every]]
+                kept[metric] = (steps[::every], np.array(rounded, dtype=np.float32))
         write_csv(folder / "curves" / f"{row['run']}.csv.xz", {row["run"]: kept})
     append_rows(folder / "runs.csv", [row])
 
