@@ -9,7 +9,7 @@ from streaming import MDSWriter
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-import tests.shared_memory  # noqa: F401
+import tests.leaks  # noqa: F401
 
 # These start first, so that no process of `pytest -n` runs a long file alone at the end.
 LONGEST = ["trained", *(f"tests/{name}.py" for name in ("runs/test_compare", "test_training", "test_step"))]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from composer.utils import dist
 
-import tests.shared_memory  # noqa: F401
+import tests.leaks  # noqa: F401
 
 REPOSITORY = Path(__file__).parents[1]
 PROCESSES = 2
