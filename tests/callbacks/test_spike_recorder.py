@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from llmfoundry_wesar.callbacks import GateMonitor, SpikeRecorder, UpdateRatioMonitor
 from llmfoundry_wesar.cli import app
 from llmfoundry_wesar.spikes import Record, jumped, moves
-from tests.callbacks.training import MATRICES, SCALAR_GATED, Metrics, Pictures, PlainNet, regression, train
+from tests.callbacks.training import BATCH, MATRICES, SCALAR_GATED, Metrics, Pictures, PlainNet, regression, train
 
 STEPS, SPIKE = 70, 50
 
@@ -31,8 +31,8 @@ class Inject(Callback):
 
 
 def explode(state: State) -> None:
-    """Multiply one matrix's gradient by 200, as a wrong kernel might."""
-    state.model.net.row.weight.grad *= 200
+    """Multiply one matrix's gradient by 2000, as a wrong kernel might."""
+    state.model.net.row.weight.grad *= 2000
 
 
 def repeat(state: State) -> None:
@@ -84,7 +84,7 @@ def test_it_holds_what_the_monitors_log_and_names_the_exploded_matrix_first(tmp_
     top = max(logged["loss/train/total"][step] for step in range(SPIKE + 1, SPIKE + 12))
     assert report.startswith(f"# Spike at step {SPIKE + 1}: loss {before:.3f} → {top:.3f}\n\nFirst to move: ")
     assert "First to move: `net.row`, update ratio × " in report and "1 step before the loss" in report
-    assert f"samples {8 * (SPIKE + 1)} to {8 * (SPIKE + 2) - 1} of the training" in report
+    assert f"samples {BATCH * (SPIKE + 1)} to {BATCH * (SPIKE + 2) - 1} of the training" in report
     assert (folder / "spike.png").read_bytes().startswith(b"\x89PNG")
     listed = CliRunner().invoke(app, ["spikes", str(tmp_path)])
     assert listed.exit_code == 0 and "First to move: net.row," in listed.output
