@@ -26,7 +26,7 @@ KEPT = re.compile(r"loss/train/loss$|metrics/eval/|update_ratio/|(weight_norm|gr
 POINTS = 50
 # An older expression for the same parameters. The runs of this model were all trained with it, and their names have a
 # hash of their configs.
-_GROUPS = r"optimizer.param_groups=[{param_str_match: 'norm|\.gate$|_ln\.', weight_decay: 0.0}]"
+GROUPS = r"optimizer.param_groups=[{param_str_match: 'norm|\.gate$|_ln\.', weight_decay: 0.0}]"
 _METRICS = "callbacks.update_ratio_monitor.metrics=[update_ratio,weight_norm,grad_norm]"
 DIGITS = 5
 SEEDS = tuple(range(11, 16))
@@ -70,7 +70,7 @@ def _long(steps: int, interval: int) -> Size:
             "save_num_checkpoints_to_keep=1",
             f"callbacks.update_ratio_monitor.interval={interval}ba",
             f"callbacks.gate_monitor.interval={interval}ba",
-            _GROUPS,
+            GROUPS,
             _METRICS,
         ),
         (2e6, 3e6),
@@ -89,7 +89,7 @@ SIZES = {
             "eval_loader.dataset.local=data/english-val",
             "eval_loader.dataset.split=train",
             "save_folder=checkpoints",
-            _GROUPS,
+            GROUPS,
             _METRICS,
         ),
         (2e6, 3e6),
