@@ -27,6 +27,9 @@ RANGE_STEPS, DEVIATIONS, MARGIN = 32, 6, 1.5
 LEAST_STEPS = 8
 # The steps before the loss in which the first matrix is looked for.
 LOOK_BACK = 20
+# An update ratio that has grown slowly does not leave that range. It has grown if its median in the last 8 steps before
+# the loss is this many times its median in the older half of the recorded steps, at an equal learning rate.
+GROWTH_STEPS, GROWTH = 8, 2.0
 _ROWS = 20
 _COLOURS = (0.1, 10)
 _DPI = 120
@@ -145,6 +148,26 @@ def moves(record: Record) -> list[Move]:
     return sorted(found.values(), key=_order)
 
 
+def growth(record: Record) -> tuple[str, float, int] | None:
+    """Return the matrix whose update ratio had grown most before the loss, by which factor, and since which step.
+
+    None if none had grown by the factor `GROWTH`, or if fewer than four times `LEAST_STEPS` steps were measured before.
+    """
+    before = record.measured[record.steps[record.measured] < record.spike]
+    if len(before) < 4 * LEAST_STEPS:
+        return None
+    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # matrices without an update
+        relative = record.values["update_ratio"][: len(before)] / record.learning_rates[before, None]
+        half = len(before) // 2
+        factors = np.nanmedian(relative[-GROWTH_STEPS:], axis=0) / np.nanmedian(relative[:half], axis=0)
+    factors = np.where(np.isfinite(factors), factors, 0)
+    most = int(factors.argmax())
+    if factors[most] < GROWTH:
+        return None
+    return record.matrices[most], float(factors[most]), int(record.steps[before[half]])
+
+
 def _outside_since(factors: list[float]) -> int | None:
     """Return the first index of the unbroken stretch of factors other than 1 that ends at the last or last but one."""
     end = len(factors) - (1 if factors and factors[-1] != 1 else 2)
@@ -185,17 +208,22 @@ def headline(record: Record) -> str:
 
 
 def cause(record: Record) -> str:
-    """Return one line: the matrix that moved first."""
+    """Return one line: the matrix that moved first; if none did, the one that had grown most, or else the batch."""
     found = record.moved
-    if not found:
-        return "No matrix left its usual range before the loss; look at the batch."
+    if not found or found[0].before == 0:
+        text = "No matrix left its usual range before the loss; look at the batch."
+        if grown := growth(record):
+            name, factor, since = grown
+            text = (
+                "No matrix left its usual range at once, but update ratios had grown before the loss: "
+                f"`{name}` × {factor:.3g} since step {since:,}."
+            )
+        if found:
+            also = f" with {len(found) - 1} others" if len(found) > 1 else ""
+            change = f"{QUANTITIES[found[0].quantity]} × {found[0].factor:.3g}"
+            text += f" In the loss's step `{found[0].matrix}` left it{also}: {change}."
+        return text
     first = found[0]
-    if first.before == 0:
-        also = f" with {len(found) - 1} others" if len(found) > 1 else ""
-        return (
-            f"No matrix left its usual range before the loss; look at the batch. In its step `{first.matrix}` did"
-            f"{also}: {QUANTITIES[first.quantity]} × {first.factor:.3g}."
-        )
     return f"First to move: `{first.matrix}`, {QUANTITIES[first.quantity]} × {first.factor:.3g}, {_when(first)}."
 
 

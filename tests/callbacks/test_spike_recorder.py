@@ -1,7 +1,14 @@
 """The recorder keeps what the monitors log, writes it when the loss jumps, and names an injected cause first."""
 
+import argparse
 import csv
+import doctest
+import inspect
 import math
+import os
+import socket
+import tarfile
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +16,13 @@ import numpy as np
 import pytest
 import torch
 from composer import Callback, Event, Logger, State
+from llmfoundry.command_utils import train_from_yaml
 from typer.testing import CliRunner
 
 from llmfoundry_wesar.callbacks import GateMonitor, SpikeRecorder, UpdateRatioMonitor
 from llmfoundry_wesar.cli import app
-from llmfoundry_wesar.spikes import Record, jumped, moves
+from llmfoundry_wesar.data.shards import prepare
+from llmfoundry_wesar.spikes import Record, cause, find_reports, jumped, moves
 from tests.callbacks.training import BATCH, MATRICES, SCALAR_GATED, Metrics, Pictures, PlainNet, regression, train
 
 STEPS, SPIKE = 70, 50
@@ -102,7 +111,7 @@ def test_a_batch_that_breaks_the_loss_is_named_and_not_a_matrix(tmp_path):
     [folder] = tmp_path.iterdir()
     report = (folder / "report.md").read_text()
     assert report.startswith(f"# Spike at step {SPIKE}: ")
-    assert "No matrix left its usual range before the loss; look at the batch. In its step `net." in report
+    assert "No matrix left its usual range before the loss; look at the batch. In the loss's step `net." in report
     [picture] = pictures.logged.values()
     assert picture.ndim == 3 and picture.dtype == np.uint8
     assert len(metrics.metrics["loss/train/total"]) == STEPS
@@ -186,6 +195,32 @@ def test_moves_are_in_the_order_of_their_steps_and_those_that_grew_first():
     assert [(move.matrix, move.before) for move in moves(spike)] == [("a", 3), ("c", 1), ("b", 1)]
     assert [move.factor for move in moves(spike)] == pytest.approx([2.5, math.inf, 0.5])
     assert moves(spike)[1].quantity == "grad_norm"  # it is not finite
+
+
+@pytest.mark.parametrize(("rate", "sentence"), [(1.0, "`a` × 3.52 since step 45."), (1.02, "look at the batch.")])
+def test_a_slow_growth_is_told_from_that_of_the_learning_rate(rate, sentence):
+    """By hand: a grows by 2% a step, from a median of 1.02²² in steps 0 to 44 to one of 1.02^85.5 in steps 82 to 89."""
+    steps = np.arange(100)
+    values = np.stack([1.02**steps, np.ones(100)], axis=1)
+    quantities = {"update_ratio": values, "grad_norm": np.ones_like(values), "gate": np.full_like(values, np.nan)}
+    spike = Record(90, steps, np.where(steps < 90, 3.0, 5.0), rate**steps, steps, ["a", "b"], quantities, "")
+    assert moves(spike) == []
+    assert cause(spike).endswith(sentence)
+
+
+def test_the_committed_config_spikes_and_its_matrices_moved_before(tmp_path):
+    """AdamW makes this spike, nothing is injected. At β₂ = 0.95 there is none."""
+    modules = (argparse, doctest, inspect, os, socket, tarfile, typing)
+    (tmp_path / "text.txt").write_text("\n".join(Path(str(module.__file__)).read_text() for module in modules))
+    prepare(tmp_path / "data", [tmp_path / "text.txt"], sequence_length=64, vocab_size=4096, val_fraction=0)
+    small = ["model.d_model=32", "model.n_layers=2", "max_duration=400ba", "loggers=null", "log_to_console=false"]
+    for beta in (0.95, 0.99):
+        folder = tmp_path / str(beta)
+        own = [f"variables.data={tmp_path / 'data'}", f"callbacks.spike_recorder.folder={folder}"]
+        train_from_yaml("yamls/spike.yaml", [*small, *own, "seed=1", f"optimizer.betas=[0.9,{beta}]"]).close()
+    assert not (tmp_path / "0.95").exists() or not list((tmp_path / "0.95").iterdir())
+    report = find_reports(tmp_path / "0.99")[0].read_text()
+    assert "First to move: `model." in report or "update ratios had grown before the loss: `model." in report
 
 
 @pytest.mark.parametrize("option", [{"window": 0}, {"after": -1}, {"most": 2.5}, {"nats": "much"}, {"deviations": -1}])
