@@ -198,6 +198,7 @@ def plan(
         return inspect_config(load_config(config, list(arguments))).parameters
 
     out = Path(out).resolve()
+    file = f"./{config}" if config.startswith("-") else config  # which the trainer would take for an option
     # Use the launcher of this Python environment; the one on PATH may belong to another.
     scripts = Path(sysconfig.get_path("scripts"))
     launcher = () if nproc is None else (str(scripts / "composer"), "-n", str(nproc), "-c")
@@ -236,7 +237,7 @@ def plan(
             parameters=parameters(*common),
             held_out=held_out,
             nproc=nproc,
-            command=(*launcher, str(scripts / "llmfoundry"), "train", config, *arguments, *where),
+            command=(*launcher, str(scripts / "llmfoundry"), "train", file, *arguments, *where),
         )
     return list(runs.values())
 

@@ -98,9 +98,13 @@ def test_the_committed_runs_are_those_of_todays_quickstart():
     assert [run.config_hash for run in runs] == [row["config_hash"] for row in rows]
 
 
-def test_commands_are_the_stock_ones(tmp_path):
+def test_commands_are_the_stock_ones(tmp_path, monkeypatch):
     (run,) = make(tmp_path)
     assert [Path(run.command[0]).name, *run.command[1:3]] == ["llmfoundry", "train", CONFIG]
+    monkeypatch.chdir(tmp_path)
+    Path("-a.yaml").write_text(Path(CONFIG).read_text())
+    (run,) = plan("-a.yaml", ["wesar"], [1], tmp_path / "out")
+    assert run.command[1:3] == ("train", "./-a.yaml")
     (run,) = make(tmp_path, overrides=["save_folder=x"], nproc=2)
     composer, *arguments = run.command[:4]
     assert Path(composer).name == "composer" and arguments == ["-n", "2", "-c"]
