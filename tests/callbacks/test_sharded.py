@@ -1,4 +1,4 @@
-"""The monitors on two and three processes, each way to distribute a model, against one process on the same batches."""
+"""The monitors on two to four processes, each way to distribute a model, against one process on the same batches."""
 
 from collections import Counter
 from pathlib import Path
@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from composer.core import Callback, Event
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+from torch.distributed.fsdp import ShardingStrategy
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from llmfoundry_wesar.callbacks import GateMonitor, OptimizerGates, SpikeRecorder, UpdateRatioMonitor
@@ -32,8 +34,9 @@ from tests.callbacks.training import (
 from tests.distributed import launch
 
 NETS = (Net, PlainNet)  # gates in layers, gates in the optimizer
-# Hybrid sharding is missing: torch 2.7's FSDP2 needs CUDA for it, and Composer ignores a given mesh.
 SPREADS = ("ddp", "fsdp2", "fsdp1")
+# Two copies of a model that is sharded on two processes each, under FSDP1. torch 2.7's FSDP2 needs CUDA for it.
+HYBRID = ("hybrid",)
 
 
 def _monitored(spread: str, net: type[Net] = Net) -> tuple[dict[str, dict[int, float]], dict[str, Counter[str]]]:
@@ -45,10 +48,13 @@ def _monitored(spread: str, net: type[Net] = Net) -> tuple[dict[str, dict[int, f
     fsdp: Any = None
     if spread == "fsdp2":
         fsdp = {}
-    elif spread == "fsdp1":
+    elif spread in ("fsdp1", "hybrid"):
         # Composer's own FSDP1 needs CUDA, torch's does not.
-        policy = ModuleWrapPolicy({Block})
-        model.net = FSDP1(model.net, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
+        options: dict[str, Any] = {"use_orig_params": True, "device_id": torch.device("cpu")}
+        if spread == "hybrid":
+            options |= {"sharding_strategy": ShardingStrategy.HYBRID_SHARD}
+            options |= {"device_mesh": init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))}
+        model.net = FSDP1(model.net, auto_wrap_policy=ModuleWrapPolicy({Block}), **options)
     ratios = UpdateRatioMonitor("1ba", METRICS, picture_interval="1dur" if net is Net else None)
     watched = {"updates": Watched(ratios), "gates": Watched(GateMonitor("1ba"))}
     callbacks: list[Callback] = [*watched.values()]
@@ -72,8 +78,8 @@ def _monitored(spread: str, net: type[Net] = Net) -> tuple[dict[str, dict[int, f
     return metrics, found
 
 
-def _monitored_by_each() -> dict[tuple[str, str], dict[str, dict[int, float]]]:
-    return {(net.__name__, spread): _monitored(spread, net)[0] for net in NETS for spread in SPREADS}
+def _monitored_by_each(spreads: tuple[str, ...]) -> dict[tuple[str, str], dict[str, dict[int, float]]]:
+    return {(net.__name__, spread): _monitored(spread, net)[0] for net in NETS for spread in spreads}
 
 
 def _flat_parameters() -> str:
@@ -152,10 +158,11 @@ def test_two_processes_log_what_one_does(spread: str, net: type[Net], two_proces
             assert metrics[key] == pytest.approx(values, rel=1e-5), key
 
 
-def test_three_processes_log_what_one_does(one_process: dict) -> None:
-    """The matrices have 6, 11 and 13 rows, so the three shards of some are uneven."""
-    for rank in launch(_monitored_by_each, processes=3):
-        assert len(rank) == len(NETS) * len(SPREADS)
+@pytest.mark.parametrize(("processes", "spreads"), [(3, SPREADS), (4, HYBRID)])
+def test_more_processes_log_what_one_does(processes: int, spreads: tuple[str, ...], one_process: dict) -> None:
+    """The matrices have 6, 11 and 13 rows, so that some of their shards are uneven."""
+    for rank in launch(_monitored_by_each, spreads, processes=processes):
+        assert len(rank) == len(NETS) * len(spreads)
         for (net, spread), metrics in rank.items():
             assert metrics.keys() == one_process[net].keys()
             for key, values in one_process[net].items():
