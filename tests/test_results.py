@@ -207,7 +207,7 @@ def test_long_runs_take_the_rate_that_the_search_chose(tmp_path: Path, lead: flo
     assert methods.best_rate(evidence, "wesar")[0] == 2e-3
     verdict = methods.report(evidence)
     assert verdict.status == status
-    assert ("0 of 3 runs of he_init" in verdict.sentences) == bool(dropped)
+    assert ("Not run at 1e-3 so far: he_init." in verdict.sentences) == bool(dropped)
     # Its loss is that of `wesar`, but it is no pair of the paper.
     assert verdict.table[-1][0] == methods.EXTRA
     count = len(methods.OTHERS) - len(dropped)
