@@ -305,9 +305,15 @@ def test_what_is_published_follows_from_what_is_kept(tmp_path: Path):
     for picture in re.findall(r"\((\w+\.png)\)", text):
         assert (FOLDER / picture).exists() and (tmp_path / picture).stat().st_size > 10_000
     page = (FOLDER.parent / "docs/reproduction.md").read_text(encoding="utf-8")
-    quoted = re.findall(r"^> (\([a-g]\) .*)$", page, re.MULTILINE)
-    assert "".join(line[1] for line in quoted) == "abcdefg"
+    quoted = re.findall(r"^> (\([a-h]\) .*)$", page, re.MULTILINE)
+    assert "".join(line[1] for line in quoted) == "abcdefg" + "abcgh"
     assert all(line in text for line in quoted)
+    # Its table of claims and lengths.
+    rows = re.findall(r"^\| (\([a-h]\) [\w ]+) \| ([\w ]+) \| ([\w ]+) \| ([\w ]+) \| [\w ]+ \|$", page, re.MULTILINE)
+    assert len(rows) == 5
+    for claim, *verdicts in rows:
+        for length, verdict in zip(("", ", 1,500 steps", ", 5,000 steps"), verdicts, strict=True):
+            assert (f"\n{claim}{length}: {verdict}. " in text) or verdict in ("not run", "not asked")
     # The quickstart's table, as `plot --table` prints it.
     printed = quickstart_table(load_runs([FOLDER / "quickstart.csv"])).splitlines()[2:]
     rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
