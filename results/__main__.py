@@ -70,10 +70,10 @@ def report(out: Annotated[Path, Option(help="Folder for verdicts.md and the pict
     text += "Intervals are 95%, over seeds.\n\n"
     for size in ("2m", *LONG):
         evidence, steps = Evidence(size=size), size.partition("-")[2] or "200"
-        if not evidence.rows:
-            text += f"# {int(steps):,} steps\n\nNot run so far.\n\n"
-            continue
         text += f"# {int(steps):,} steps\n\n"
+        if not evidence.rows:
+            text += "Not run so far.\n\n"
+            continue
         text += f"{len(evidence.rows)} runs finished, {len(evidence.failed)} failed.\n\n"
         # (g) has no runs of its own, and looks at those of every size.
         sections = {

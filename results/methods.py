@@ -7,7 +7,18 @@ from typing import Any
 import numpy as np
 
 from llmfoundry_wesar.figures import COLOURS
-from results.evidence import LEARNING_RATE, MAIN, SEEDS, SIZES, Evidence, Lacking, Series, Verdict, interval
+from results.evidence import (
+    LEARNING_RATE,
+    LONG_SEARCH_SEED,
+    MAIN,
+    SEEDS,
+    SIZES,
+    Evidence,
+    Lacking,
+    Series,
+    Verdict,
+    interval,
+)
 from results.pictures import dots, panels
 
 # Each has a higher perplexity than `wesar` in Tables 6 and 7.
@@ -25,7 +36,7 @@ OTHERS = (
 METHODS = ("wesar", *OTHERS)
 NEXT, HIGHER, LOWER = "2.0e-3", "4.0e-3", "5.0e-4"
 # In long runs each method's own best rate is the best of 1e-3 and these at a seed that is not judged.
-SEARCH, SEARCH_SEED = ("2.0e-3", "4.0e-3"), 29
+SEARCH = ("2.0e-3", "4.0e-3")
 # What `best_rate` finds there, if it is not 1e-3.
 LONG_BEST = {"small_init": "4.0e-3"}
 # The paper does not have it. It is `wesar` with the gates in the optimizer.
@@ -41,8 +52,8 @@ SERIES = (
     # Trained before that rule was written. Only (g) counts these runs.
     Series(OTHERS[-2:], SEEDS[:2], {"optimizer.lr": (HIGHER,)}),
     Series((*METHODS, EXTRA), size="2m-1500"),
-    Series((*METHODS, EXTRA), (SEARCH_SEED,), size="2m-1500"),
-    Series((*METHODS, EXTRA), (SEARCH_SEED,), {"optimizer.lr": SEARCH}, size="2m-1500"),
+    Series((*METHODS, EXTRA), (LONG_SEARCH_SEED,), size="2m-1500"),
+    Series((*METHODS, EXTRA), (LONG_SEARCH_SEED,), {"optimizer.lr": SEARCH}, size="2m-1500"),
     *(Series((method,), vary={"optimizer.lr": (rate,)}, size="2m-1500") for method, rate in LONG_BEST.items()),
     Series(MAIN, size="2m-5000"),
     *(
@@ -62,7 +73,7 @@ def best_rate(evidence: Evidence, method: str) -> tuple[float, np.ndarray]:
     if evidence.size.length:
         search = Evidence(evidence.folder, "2m-1500")
         rates = (LEARNING_RATE, *map(float, SEARCH))
-        best = min(rates, key=lambda rate: search.losses(method, (SEARCH_SEED,), learning_rate=rate)[0])
+        best = min(rates, key=lambda rate: search.losses(method, (LONG_SEARCH_SEED,), learning_rate=rate)[0])
         return best, evidence.losses(method, learning_rate=best)
     losses = {rate: evidence.losses(method, learning_rate=rate) for rate in (LEARNING_RATE, float(NEXT))}
     falls = losses[float(NEXT)].mean() < losses[LEARNING_RATE].mean()
@@ -105,7 +116,9 @@ def report(evidence: Evidence) -> Verdict:
     pairs = [line for line in lines if line[0] in OTHERS]
     orders = {"1e-3": [line[3] for line in pairs]}
     if "wesar" in own:
-        searched = f"1e-3, 2e-3 and 4e-3 at seed {SEARCH_SEED}" if evidence.size.length else "5e-4, 1e-3, 2e-3 and 4e-3"
+        searched = (
+            f"1e-3, 2e-3 and 4e-3 at seed {LONG_SEARCH_SEED}" if evidence.size.length else "5e-4, 1e-3, 2e-3 and 4e-3"
+        )
         orders[f"each method's own best of {searched}"] = [line[7] for line in pairs if line[7]]
     sentences = [
         f"At {where} WeSaR's held-out loss is {interval(losses['wesar'])}; of {len(found)} pairs with"

@@ -15,7 +15,19 @@ from llmfoundry_wesar.runs.scalars import Scalars, load_runs
 from llmfoundry_wesar.runs.summary import COLUMNS, read_rows, spike_steps, table
 from results import equal_step, learning_rates, methods, norms, relative_step, seeds, spikes, update_ratios
 from results.__main__ import CLAIMS, app
-from results.evidence import FOLDER, LONG_SEEDS, MAIN_SEEDS, SEEDS, Evidence, Lacking, Series, interval, keep, run
+from results.evidence import (
+    FOLDER,
+    LONG_SEARCH_SEED,
+    LONG_SEEDS,
+    MAIN_SEEDS,
+    SEEDS,
+    Evidence,
+    Lacking,
+    Series,
+    interval,
+    keep,
+    run,
+)
 
 DENSE = ("attn.Wq", "attn.out_proj", "ffn.up_proj", "ffn.down_proj")
 
@@ -200,7 +212,7 @@ def test_long_runs_take_the_rate_that_the_search_chose(tmp_path: Path, lead: flo
         for rate in ("", *methods.SEARCH):
             variation = f"{LONG} optimizer.lr={rate}" if rate else LONG
             gain = 0.1 if rate == "2.0e-3" else 0.0
-            add(tmp_path, method, methods.SEARCH_SEED, loss - gain, logged, variation)
+            add(tmp_path, method, LONG_SEARCH_SEED, loss - gain, logged, variation)
             for seed in LONG_SEEDS if method not in dropped and rate != "4.0e-3" else ():
                 add(tmp_path, method, seed, loss - gain + 0.001 * rng.random(), logged, variation)
     evidence = Evidence(tmp_path, "2m-1500")
@@ -218,7 +230,7 @@ def test_long_runs_take_the_rate_that_the_search_chose(tmp_path: Path, lead: flo
 def test_gates_are_tested_at_an_equal_step_only_if_the_plain_model_spikes(tmp_path: Path, spiked: bool):
     for rate in equal_step.RATES:
         variation = f"{LONG} optimizer.betas=[0.9,0.99] scheduler.alpha_f=1.0 optimizer.lr={rate}"
-        add(tmp_path, "small_init", equal_step.SEARCH_SEED, 5.0, _ratio(0.01), variation, int(spiked))
+        add(tmp_path, "small_init", LONG_SEARCH_SEED, 5.0, _ratio(0.01), variation, int(spiked))
     evidence = Evidence(tmp_path, "2m-1500")
     if spiked:
         with pytest.raises(Lacking, match=r"small_init at 0\.008, where it spikes"):
