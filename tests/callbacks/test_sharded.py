@@ -131,6 +131,12 @@ def _of_roles(quantity: str, matrices: set[str]) -> set[str]:
     return {f"role_{quantity}/{role}/{statistic}" for role in roles for statistic in ("min", "median", "max")}
 
 
+def _assert_logged(metrics: dict[str, dict], expected: dict[str, dict], tolerance: float) -> None:
+    assert metrics.keys() == expected.keys()
+    for key, values in expected.items():
+        assert metrics[key] == pytest.approx(values, rel=tolerance), key
+
+
 def test_names_are_plain_module_paths(one_process: dict[str, dict]) -> None:
     gated = SCALAR_GATED | VECTOR_GATED
     expected = {f"{metric}/{name}" for metric in ("update_ratio", "weight_norm", "grad_norm") for name in MATRICES}
@@ -153,9 +159,7 @@ def test_two_processes_log_what_one_does(spread: str, net: type[Net], two_proces
     """
     for rank in two_processes:
         metrics, _ = rank[net.__name__, spread]
-        assert metrics.keys() == one_process[net.__name__].keys()
-        for key, values in one_process[net.__name__].items():
-            assert metrics[key] == pytest.approx(values, rel=1e-5), key
+        _assert_logged(metrics, one_process[net.__name__], 1e-5)
 
 
 @pytest.mark.parametrize(("processes", "spreads"), [(3, SPREADS), (4, HYBRID)])
@@ -163,10 +167,8 @@ def test_more_processes_log_what_one_does(processes: int, spreads: tuple[str, ..
     """The matrices have 6, 11 and 13 rows, so that some of their shards are uneven."""
     for rank in launch(_monitored_by_each, spreads, processes=processes):
         assert len(rank) == len(NETS) * len(spreads)
-        for (net, spread), metrics in rank.items():
-            assert metrics.keys() == one_process[net].keys()
-            for key, values in one_process[net].items():
-                assert metrics[key] == pytest.approx(values, rel=2e-5), (spread, key)
+        for (net, _), metrics in rank.items():
+            _assert_logged(metrics, one_process[net], 2e-5)
 
 
 @pytest.mark.parametrize("spread", SPREADS)
