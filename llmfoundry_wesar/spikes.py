@@ -98,6 +98,11 @@ class Record:
         """What `moves` returns, which report, picture and log line need."""
         return moves(self)
 
+    @cached_property
+    def grown(self) -> tuple[str, float, int] | None:
+        """What `growth` returns, which they need if no matrix moved before the loss."""
+        return growth(self)
+
 
 def usual_loss(losses: Sequence[float] | np.ndarray) -> float:
     """Return the median of the last 16 losses, without those that are not finite. NaN if there is none."""
@@ -212,8 +217,8 @@ def cause(record: Record) -> str:
     found = record.moved
     if not found or found[0].before == 0:
         text = "No matrix left its usual range before the loss; look at the batch."
-        if grown := growth(record):
-            name, factor, since = grown
+        if record.grown:
+            name, factor, since = record.grown
             text = (
                 "No matrix left its usual range at once, but update ratios had grown before the loss: "
                 f"`{name}` × {factor:.3g} since step {since:,}."
