@@ -2,11 +2,10 @@
 
 import contextlib
 import io
-import json
-import subprocess
-import sys
+import multiprocessing
 import tempfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,17 @@ from llmfoundry_wesar.callbacks.measurement import METRICS
 
 PEAK = 989e12  # bf16 FLOP/s of an H100 and of an H200
 _WARMUP, _FEWEST = 4, 6  # batches
-_PATIENCE = 300  # seconds for imports and compilation
+_PATIENCE, _EXIT = 300, 15  # seconds for imports and compilation, and for the end of a process
 _SEQUENCES = 64  # a GPU's share of the paper's batch of 512 sequences, on 8 GPUs
 _MONITORS = {
     "update_ratio_monitor": {"interval": "10ba", "metrics": list(METRICS)},
     "gate_monitor": {"interval": "10ba"},
 }
+
+
+# A server that has imported everything forks a process for each variant: imports take 20 s on a GPU's host.
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["benchmarks.trainer"])
 
 
 class StopAfter(Callback):
@@ -147,9 +151,9 @@ def run(recorder: Recorder, size: str, compiled: bool, seconds: float) -> None:
             recorder.about(suite="trainer", name=size, variant=variant, dtype=recorder.dtype, compiled=compiled)
             recorder.about(shape=shape(config))
             try:
-                measured = _in_a_process(config, seconds, data)
-            except (RuntimeError, subprocess.TimeoutExpired) as error:
-                recorder.add([], unit="tokens/s", note=reason(error))
+                measured = _in_a_process(config, seconds)
+            except (RuntimeError, TimeoutError) as error:
+                recorder.add([], unit="tokens/s", note=str(error))
                 continue
             first = first or measured["tokens_per_sec"]
             note = "of 989 TFLOP/s; N as foundry counts it"
@@ -160,26 +164,37 @@ def run(recorder: Recorder, size: str, compiled: bool, seconds: float) -> None:
             recorder.add(measured["peak"], unit="GiB at peak")
 
 
-def _in_a_process(config: dict[str, Any], seconds: float, folder: Path) -> dict[str, Any]:
+def _in_a_process(config: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Run `_measure` in another process and return its result.
 
     Raises:
-        RuntimeError: If it failed, with the last line that it printed.
-        subprocess.TimeoutExpired: If it took much longer than it should.
+        RuntimeError: If it failed, with the reason.
+        TimeoutError: If it took much longer than it should.
     """
-    (folder / "config.json").write_text(json.dumps(config))
-    command = [sys.executable, "-m", "benchmarks.trainer", str(folder / "config.json"), str(folder / "result.json")]
-    job = subprocess.run(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=_PATIENCE + 3 * seconds,
-        cwd=Path(__file__).parents[1],
-    )
-    if job.returncode != 0:
-        raise RuntimeError(job.stdout.strip().splitlines()[-1] if job.stdout.strip() else "no output")
-    return json.loads((folder / "result.json").read_text())
+    receiver, sender = _PROCESSES.Pipe(duplex=False)
+    process = _PROCESSES.Process(target=_send, args=(sender, config))
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(_PATIENCE + 3 * seconds):
+            raise TimeoutError(f"no result after {_PATIENCE + 3 * seconds:g} s")
+        result = receiver.recv()
+        process.join(_EXIT)
+    except EOFError:
+        raise RuntimeError("the process ended without a result") from None
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(result, str):
+        raise RuntimeError(result)
+    return result
+
+
+def _send(sender: Connection, config: dict[str, Any]) -> None:
+    try:
+        sender.send(_measure(config))
+    except Exception as error:
+        sender.send(reason(error))
 
 
 def _measure(config: dict[str, Any]) -> dict[str, Any]:
@@ -194,7 +209,3 @@ def _measure(config: dict[str, Any]) -> dict[str, Any]:
     flops = model.flops_per_batch({"input_ids": torch.empty(1, length, device="meta")})
     peak = [torch.cuda.max_memory_allocated() / 2**30] if torch.cuda.is_available() else []
     return result | {"attention": 3 * model.get_attention_flops(length) / flops, "peak": peak}
-
-
-if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(_measure(json.loads(Path(sys.argv[1]).read_text()))))
