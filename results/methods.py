@@ -43,8 +43,9 @@ LONG_BEST = {"small_init": "4.0e-3"}
 EXTRA = "wesar_adamw"
 SERIES = (
     Series(METHODS),
-    Series(METHODS, SEEDS[:1], size="130m"),
-    Series(MAIN, SEEDS[1:3], size="130m"),
+    Series(METHODS, size="130m"),
+    Series(MAIN, (32, 33), size="130m"),
+    Series(MAIN, vary={"optimizer.lr": (HIGHER,)}, size="130m"),
     Series(METHODS, SEEDS, {"optimizer.lr": (NEXT,)}),
     # The methods with a lower loss at NEXT than at 1e-3, then the others.
     Series(OTHERS[:-2], SEEDS, {"optimizer.lr": (HIGHER,)}),
