@@ -34,9 +34,8 @@ _MONITORS = {
 }
 
 
-# A server that has imported everything forks a process for each variant: imports take 20 s on a GPU's host.
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["benchmarks.trainer"])
+# A new process must not inherit a CUDA context, so it cannot be forked.
+_PROCESSES = multiprocessing.get_context("spawn")
 
 
 class StopAfter(Callback):
