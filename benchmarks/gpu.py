@@ -30,7 +30,8 @@ _TINY = [
     "precision=fp32",
     "compile_config.backend=aot_eager",
 ]
-_CPU_LOADER = [
+# A process waits up to 5 s for each of its loader's workers when it ends.
+_LOADER = [
     "train_loader.num_workers=0",
     "train_loader.prefetch_factor=null",
     "train_loader.persistent_workers=false",
@@ -52,7 +53,8 @@ def _train(method: str, data: Path, out: Path, tiny: bool, *overrides: str) -> l
         "save_num_checkpoints_to_keep=-1",
         "autoresume=false",
         f"loggers.tensorboard.log_dir={out}/events",
-        *(["global_train_batch_size=8", *_TINY, *_CPU_LOADER] if tiny else ["global_train_batch_size=64"]),
+        *_LOADER,
+        *(["global_train_batch_size=8", *_TINY] if tiny else ["global_train_batch_size=64"]),
         *overrides,
     ]
     launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", "1", "-c", sys.executable]
@@ -87,24 +89,24 @@ def plan(out: Path, data: Path | None, device: str, seconds: float) -> list[tupl
         steps.append((f"train {method}", 120, run))
         if method == "wesar":
             steps.append(("trainer 130m", 150, [*bench, "--suite", "trainer", "--sizes", small, "--modes", "compiled"]))
-            steps.append(("trainer 1.3b", 200, [*bench, "--suite", "trainer", "--sizes", large, "--modes", "compiled"]))
     checkpoint = f"load_path={out}/wesar/whole/ep0-ba{_HALF}-rank0.pt"
     names = ["run_name=resumed", f"save_folder={out}/wesar/resumed"]
     steps.append(("resume", 120, _train("wesar", shards, out / "wesar", tiny, checkpoint, *names)))
-    latest = f"ep0-ba{_BATCHES}-rank0.pt"
     compare = [sys.executable, "-m", "benchmarks.gpu_checks"]
-    files = [str(out / "wesar" / part / latest) for part in ("whole", "resumed")]
-    steps.append(("same bits", 60, [*compare, "same", *files]))
-    steps.append(("export", 60, [*cli, "export", files[0], str(out / "wesar/plain")]))
-    steps.append(("same logits", 60, [*compare, "logits", files[0], str(out / "wesar/plain")]))
+    events = [str(out / "wesar/events" / name) for name in ("wesar", "resumed")]
+    steps.append(("same losses", 60, [*compare, "same", *events, device]))
+    latest = str(out / f"wesar/whole/ep0-ba{_BATCHES}-rank0.pt")
+    steps.append(("export", 60, [*cli, "export", latest, str(out / "wesar/plain")]))
+    steps.append(("same logits", 60, [*compare, "logits", latest, str(out / "wesar/plain")]))
     steps.append(("fsdp", 90, [*compare, "fsdp", device]))
     for mode in ("compiled", "eager"):
-        steps.append((f"step 130m {mode}", 90, [*bench, "--suite", "step", "--sizes", small, "--modes", mode]))
+        steps.append((f"step 130m {mode}", 150, [*bench, "--suite", "step", "--sizes", small, "--modes", mode]))
         two = [*bench, "--suite", "step", "--sizes", large, "--modes", mode, "--methods", "small_init,wesar"]
         steps.append((f"step 1.3b {mode}", 90, two))
     steps.append(("monitor 130m", 90, [*bench, "--suite", "monitor", "--sizes", small, "--modes", "eager"]))
     steps.append(("monitor 1.3b", 90, [*bench, "--suite", "monitor", "--sizes", large, "--modes", "eager"]))
     steps.append(("loss", 60, [*bench, "--suite", "loss,optimizer", "--sizes", small, "--modes", "eager"]))
+    steps.append(("trainer 1.3b", 560, [*bench, "--suite", "trainer", "--sizes", large, "--modes", "compiled"]))
     steps.append(("trainer eager", 300, [*bench, "--suite", "trainer", "--sizes", small, "--modes", "eager"]))
     return steps
 
