@@ -109,14 +109,15 @@ class Recorder:
 
         Args:
             values: The readings. If there are none, `note` says why; by default because a CPU cannot give them.
-            baseline: The readings of the plain variant, if there is one.
+            baseline: The readings of the plain variant, if there is one. There is no ratio to a reading of 0.
             paired: As for `ratio`.
             **row: variant, unit and note, and columns that differ from `about`.
         """
         numbers: list[float] = [len(values)]
         if len(values):
             numbers += [float(x) for x in np.percentile(values, [50, 10, 90])]
-            numbers += [float(x) for x in ratio(values, baseline, paired)] if len(baseline) else []
+            if len(baseline) and np.all(baseline):
+                numbers += [float(x) for x in ratio(values, baseline, paired)]
         cells = {key: f"{number:.8g}" for key, number in zip(_NUMBERS, numbers, strict=False)}
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         row = {"note": "" if len(values) else "not measured on a CPU"} | self.row | row | cells | {"date": date}
