@@ -8,8 +8,19 @@ from typer import Argument, Option, Typer, echo
 
 from llmfoundry_wesar.cli import one_line_errors
 from llmfoundry_wesar.runs.scalars import replacing
-from llmfoundry_wesar.runs.summary import markdown, table
-from results import equal_step, learning_rates, methods, norms, perplexity, relative_step, seeds, spikes, update_ratios
+from llmfoundry_wesar.runs.summary import markdown
+from results import (
+    equal_step,
+    large,
+    learning_rates,
+    methods,
+    norms,
+    perplexity,
+    relative_step,
+    seeds,
+    spikes,
+    update_ratios,
+)
 from results.evidence import FOLDER, LONG, SIZES, Evidence, Lacking, Verdict, run
 
 CLAIMS: dict[str, ModuleType] = {
@@ -68,9 +79,9 @@ def report(out: Annotated[Path, Option(help="Folder for verdicts.md and the pict
     """Write verdicts.md and its pictures from runs.csv, curves and perplexity.csv. Nothing is trained."""
     text = "# What came out\n\nWritten by `python -m results report`; README.md beside it has the claims and rules.\n\n"
     text += "Intervals are 95%, over seeds.\n\n"
-    for size in ("2m", *LONG):
+    for size in ("2m", *LONG, "130m"):
         evidence, steps = Evidence(size=size), size.partition("-")[2] or "200"
-        text += f"# {int(steps):,} steps\n\n"
+        text += "# 130M parameters on a GPU\n\n" if size == "130m" else f"# {int(steps):,} steps\n\n"
         if not evidence.rows:
             text += "Not run so far.\n\n"
             continue
@@ -83,6 +94,8 @@ def report(out: Annotated[Path, Option(help="Folder for verdicts.md and the pict
         }
         if size == "2m":
             sections["perplexity"] = perplexity
+        if size == "130m":
+            sections = {"all methods, one seed": large}
         for name, claim in sections.items():
             title, verdict = name.replace("_", " "), judge(claim, evidence)
             if size in LONG:
@@ -99,8 +112,6 @@ def report(out: Annotated[Path, Option(help="Folder for verdicts.md and the pict
                 with replacing(out / picture) as partial:
                     verdict.picture.savefig(partial, dpi=160, metadata={"Software": None})
                 text += f"![{title}]({picture})\n\n"
-    if large := Evidence(size="130m").rows:
-        text += f"# 130M\n\n{table(large)}\n"
     with replacing(out / "verdicts.md") as partial:
         partial.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
 

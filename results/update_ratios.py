@@ -13,7 +13,7 @@ SERIES = (Series(MAIN, MAIN_SEEDS), *(Series(MAIN, size=size) for size in LONG))
 PART = 0.1
 
 
-def _ratios(evidence: Evidence, method: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def ratios_of(evidence: Evidence, method: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return role → (steps, update ratios), the median over blocks, with the shape (seeds, steps)."""
     runs = [evidence.curves(row) for row in evidence.find(method, evidence.size.main_seeds)]
     # Leave out the first step: its learning rate is 0.
@@ -23,7 +23,7 @@ def _ratios(evidence: Evidence, method: str) -> dict[str, tuple[np.ndarray, np.n
     }
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """What a method did in a part of training, with a value for each seed.
 
     Attributes:
@@ -39,17 +39,19 @@ class _Part(NamedTuple):
     passed: np.ndarray
 
 
-def _part(ratios: dict[str, tuple[np.ndarray, np.ndarray]], steps: np.ndarray, method: str) -> _Part:
+def part_of(ratios: dict[str, tuple[np.ndarray, np.ndarray]], steps: np.ndarray, method: str) -> Part:
+    """Return what a method did in the given steps, a mask."""
     means = {role: values[:, steps].mean(axis=1) for role, (_, values) in ratios.items()}
     each = np.array(list(means.values()))
     dense = np.array([values for role, values in means.items() if role != "W_e"])
     fastest = [list(means)[index] for index in each.argmax(axis=0)]
     spread = each.max(axis=0) / each.min(axis=0)
     passed = (spread > 2) & np.isin(fastest, ("W_d", "W_o")) if method == "small_init" else spread <= 2
-    return _Part(spread, dense.max(axis=0) / dense.min(axis=0), fastest, passed)
+    return Part(spread, dense.max(axis=0) / dense.min(axis=0), fastest, passed)
 
 
-def _draw(ratios: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]) -> Figure:
+def draw(ratios: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]) -> Figure:
+    """Draw the update ratios of two methods beside each other, given as method → what `ratios_of` returns."""
     picture, axes = panels(2, sharey=True)
     for axis, (method, roles) in zip(axes, ratios.items(), strict=True):
         axis.set_title(method)
@@ -69,10 +71,10 @@ def _figures(values: np.ndarray) -> str:
 def report(evidence: Evidence) -> Verdict:
     """Judge the claim by its rule: by the first tenth of training, in long runs by the last one as well."""
     long, n = bool(evidence.size.length), len(evidence.size.main_seeds)
-    ratios = {method: _ratios(evidence, method) for method in MAIN}
+    ratios = {method: ratios_of(evidence, method) for method in MAIN}
     steps = ratios["wesar"]["W_d"][0]
     parts = {"first": steps < PART * steps[-1]} | ({"last": steps > (1 - PART) * steps[-1]} if long else {})
-    found = {name: [_part(ratios[method], part, method) for method in MAIN] for name, part in parts.items()}
+    found = {name: [part_of(ratios[method], part, method) for method in MAIN] for name, part in parts.items()}
     sentences = [
         f"Largest ÷ smallest update ratio of a role in the {name} tenth of training, median (range) of {n} seeds: "
         f"Small {_figures(small.spread)}, WeSaR {_figures(wesar.spread)}. Under Small "
@@ -84,4 +86,4 @@ def report(evidence: Evidence) -> Verdict:
     confirmed = all(each.passed.all() for both in found.values() for each in both)
     small_fails, wesar_fails = zip(*([not each.passed.any() for each in both] for both in found.values()), strict=True)
     opposite = any(wesar_fails) if long else small_fails[0] and wesar_fails[0]
-    return Verdict(decide(confirmed, opposite), " ".join(sentences), _draw(ratios))
+    return Verdict(decide(confirmed, opposite), " ".join(sentences), draw(ratios))

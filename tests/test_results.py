@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from llmfoundry_wesar.runs.plot import table as quickstart_table
 from llmfoundry_wesar.runs.scalars import Scalars, load_runs
 from llmfoundry_wesar.runs.summary import COLUMNS, read_rows, spike_steps, table
-from results import equal_step, learning_rates, methods, norms, relative_step, seeds, spikes, update_ratios
+from results import equal_step, large, learning_rates, methods, norms, relative_step, seeds, spikes, update_ratios
 from results.__main__ import CLAIMS, app
 from results.evidence import (
     FOLDER,
@@ -42,7 +42,16 @@ def scalars(loss: Callable[[int], float], **families: Callable[[str, int], float
     return {metric: (np.arange(40), np.array(values, dtype=np.float32)) for metric, values in metrics.items()}
 
 
-def add(folder: Path, method: str, seed: int, held_out: float, logged: Scalars, variation: str = "", spikes: int = 0):
+def add(
+    folder: Path,
+    method: str,
+    seed: int,
+    held_out: float,
+    logged: Scalars,
+    variation: str = "",
+    spikes: int = 0,
+    parameters: float = 2229888,
+):
     name = f"{method}-{variation}-{seed}"
     row = {column: "" for column in COLUMNS} | {
         "run": name,
@@ -52,7 +61,7 @@ def add(folder: Path, method: str, seed: int, held_out: float, logged: Scalars, 
     }
     row |= {"status": "finished", "held_out_loss": str(held_out), "final_loss": str(held_out), "spikes": str(spikes)}
     row["largest_jump"] = "0"
-    keep(row | {"parameters": "2229888"}, logged, folder)
+    keep(row | {"parameters": str(parameters)}, logged, folder)
 
 
 def test_each_run_is_trained_once_and_kept_whole(tmp_path: Path, dataset: Path):
@@ -307,6 +316,22 @@ def test_spikes_compare_before_and_after_the_first_one(tmp_path: Path):
         add(tmp_path, "small_init", seed, 5.0, logged, spikes=1)
     verdict = spikes.report(Evidence(tmp_path))
     assert verdict.status == "confirmed" and "update ratio -0.69" in verdict.sentences
+
+
+def test_the_large_model_is_told_as_measured(tmp_path: Path):
+    """W_d moves three times as fast as the others; norms grow by 39 %, and only wesar has gates, which fall to 0.61."""
+    fast = lambda name, step: 3e-3 if name.endswith("down_proj") else 1e-3  # noqa: E731
+    norm = lambda name, step: 1 + 0.01 * step  # noqa: E731
+    gate = lambda name, step: 5 - 0.05 * step  # noqa: E731
+    for method, held_out in (("small_init", 4.9), ("wesar", 4.8)):
+        families = {"update_ratio": fast, "weight_norm": norm} | ({"gate": gate} if method == "wesar" else {})
+        add(tmp_path, method, 31, held_out, scalars(lambda step: 8.0, **families), parameters=134e6)
+    verdict = large.report(Evidence(tmp_path, "130m"))
+    assert verdict.status == "measured" and "Not run so far: weight_norm, " in verdict.sentences
+    assert verdict.table[1:] == [
+        ["wesar", "4.800", "0", "3.00", "3.00", "1.390", "1.390", "0.610", "0.610"],
+        ["small_init", "4.900", "0", "3.00", "3.00", "1.390", "1.390", "", ""],
+    ]
 
 
 def test_what_is_published_follows_from_what_is_kept(tmp_path: Path):
