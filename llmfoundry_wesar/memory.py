@@ -70,7 +70,8 @@ def _block(model: Mapping[str, Any], compiled: bool) -> float:
 def estimate(config: Mapping[str, Any], parameters: int, gpus: int) -> Memory:
     """Estimate the peak memory of a training step with AdamW in `amp_bf16`.
 
-    On an H100 the estimates for `wesar` and `small_init` at 130M and 1.3B, eager and compiled, were within 1%.
+    On an H100 the estimates for `wesar` and `small_init` at 130M and 1.3B, eager and compiled, were within 1%. With
+    `fused_loss`, the 130M model compiled as a whole took 6% more on an H200.
 
     Args:
         config: A training config, as `inspection.load_config` returns it, with a model of the MPT family.
