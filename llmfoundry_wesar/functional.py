@@ -4,6 +4,7 @@ Shapes: a matrix has O rows (out_features, or the vocabulary) and I columns (in_
 leading batch dimensions. A gate is (1,), (O,) or (I,) if its `gate_shape` is scalar, row or column.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -236,5 +237,30 @@ def adamw_(
     weight.mul_(shrink).sub_(step.mul_(size))
 
 
-# One kernel for each tensor, which reads four tensors and writes three. It is compiled once for all sizes.
-compiled_adamw_ = torch.compile(adamw_, dynamic=True)
+def foreach_adamw_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    numbers: Sequence[Tensor],
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """Update several tensors by one step of AdamW each, in place.
+
+    Args:
+        weights: As for `adamw_`, one for each tensor, like the next three.
+        grads: Not changed.
+        exp_avgs: Changed.
+        exp_avg_sqs: Changed.
+        numbers: For each tensor its s, f, η and ρ, (4,).
+        betas: β₁ and β₂.
+        eps: ε.
+    """
+    for *tensors, four in zip(weights, grads, exp_avgs, exp_avg_sqs, numbers, strict=True):
+        adamw_(*tensors, *four.unbind(), betas=betas, eps=eps)
+
+
+# One kernel for each tensor, which reads four tensors and writes three. They are compiled together, because a compiled
+# function for each tensor would take longer to call than its kernel takes to run.
+compiled_foreach_adamw_ = torch.compile(foreach_adamw_, dynamic=False)

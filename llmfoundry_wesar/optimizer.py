@@ -10,7 +10,7 @@ import torch
 from composer.utils import dist
 from torch import Tensor, nn
 
-from llmfoundry_wesar.functional import adamw_, compiled_adamw_
+from llmfoundry_wesar.functional import compiled_foreach_adamw_, foreach_adamw_
 from llmfoundry_wesar.keys import is_number
 from llmfoundry_wesar.sharded import Shard, local, named_shards, shard_of, squares
 
@@ -50,7 +50,7 @@ class WeSaRAdamW(torch.optim.AdamW):
         max_norm: The largest norm of all gradients, or None for no clipping.
         gated: A regular expression. Parameters whose name contains a match have a gate. By default, all parameters of
             two or more dimensions have one.
-        fused: Whether to update each tensor by one compiled kernel. By default on CUDA only.
+        fused: Whether to compile the update, into one kernel for each tensor. By default on CUDA only.
         amsgrad: Not supported.
         maximize: Not supported.
 
@@ -350,14 +350,16 @@ class _Block:
             shrink, scale, size = shrink * after / gate, scale * gate, size * after
         shrink = torch.where(self.present, shrink, 1.0)
         numbers = torch.stack([scale, shrink, size, root]).to(self.states[0]["exp_avg"].dtype).unbind(1)
+        moved = []
         for shard, state, grad, four in zip(self.shards, self.states, self.grads, numbers, strict=True):
-            weight = shard.local
             if grad is None:
-                weight.mul_(four[1])
-                continue
-            update = compiled_adamw_ if (weight.is_cuda if fused is None else fused) else adamw_
-            moments = local(state["exp_avg"]), local(state["exp_avg_sq"])
-            update(weight, grad, *moments, *four.unbind(), betas=(beta1, beta2), eps=eps)
+                shard.local.mul_(four[1])
+            else:
+                moved.append((shard.local, grad, local(state["exp_avg"]), local(state["exp_avg_sq"]), four))
+        if moved:
+            compiled = moved[0][0].is_cuda if fused is None else fused
+            update = compiled_foreach_adamw_ if compiled else foreach_adamw_
+            update(*map(list, zip(*moved, strict=True)), betas=(beta1, beta2), eps=eps)
 
     def _read(self, key: str) -> Tensor:
         return torch.stack([state[key] for state in self.states]).double()
