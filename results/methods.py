@@ -56,6 +56,8 @@ SERIES = (
     Series((*METHODS, EXTRA), (LONG_SEARCH_SEED,), size="2m-1500"),
     Series((*METHODS, EXTRA), (LONG_SEARCH_SEED,), {"optimizer.lr": SEARCH}, size="2m-1500"),
     *(Series((method,), vary={"optimizer.lr": (rate,)}, size="2m-1500") for method, rate in LONG_BEST.items()),
+    # WeSaR is best at the lowest rate of the search.
+    Series(("wesar",), (LONG_SEARCH_SEED,), {"optimizer.lr": (LOWER,)}, size="2m-1500"),
     Series(MAIN, size="2m-5000"),
     *(
         Series((method,), vary={"optimizer.lr": (rate,)}, size="2m-5000")
@@ -126,9 +128,20 @@ def report(evidence: Evidence) -> Verdict:
         f" it {found.count('as in the paper')} are in the paper's order, {found.count('opposite')} in the"
         f" opposite one, {found.count('no difference')} do not differ."
         for (where, found), losses in zip(orders.items(), (equal, own), strict=False)
+        if found
     ]
-    if edge := [method for method, rate in rates.items() if rate in (float(LOWER), float(HIGHER))]:
+    edges = (LEARNING_RATE if evidence.size.length else float(LOWER), float(HIGHER))
+    if edge := [method for method, rate in rates.items() if rate in edges]:
         sentences.append(f"At an edge of these rates, so that a better one may lie beyond it: {', '.join(edge)}.")
+    if evidence.size.length:
+        with suppress(Lacking):
+            low, usual = (
+                evidence.losses("wesar", (LONG_SEARCH_SEED,), learning_rate=rate)[0]
+                for rate in (float(LOWER), LEARNING_RATE)
+            )
+            sentences.append(
+                f"Beside the rule: at seed {LONG_SEARCH_SEED} WeSaR has {low:.3f} at 5e-4, {usual:.3f} at 1e-3."
+            )
     for where, methods in lacking.items():
         if methods:
             names = [method for method in asked if method in methods]
