@@ -39,6 +39,7 @@ SEEDS = tuple(range(11, 16))
 MAIN, MAIN_SEEDS = ("small_init", "wesar"), tuple(range(11, 19))
 # Of the longer runs: the seeds that are judged, and the one that only chooses learning rates.
 LONG_SEEDS, LONG_SEARCH_SEED = (21, 22, 23), 29
+SPIKE_SEARCH_SEED = 49
 LEARNING_RATE = 1e-3
 
 
@@ -88,6 +89,20 @@ LONG = {"2m-1500": _long(1500, 15), "2m-5000": _long(5000, 50)}
 SIZES = {
     "2m": _small("data/english"),
     **LONG,
+    # Plain weights that spike, because the model learns its text by heart.
+    "spike": Size(
+        "yamls/spike.yaml",
+        (
+            "variables.data=data/english-49m",
+            "eval_loader={name: text, dataset: {local: data/english-49m-val, split: train, shuffle: false,"
+            " max_seq_len: 64}, drop_last: false, num_workers: 0, prefetch_factor: null, persistent_workers: false}",
+            "eval_interval=1dur",
+            "device_eval_batch_size=64",
+            "callbacks.update_ratio_monitor={interval: 10ba, metrics: [update_ratio]}",
+        ),
+        (5e5, 1e6),
+        seeds=tuple(range(41, 49)),
+    ),
     # The paper's rapid setting, but a sixteenth of its batch. One GPU takes about a minute for a run.
     "130m": Size(
         "yamls/130m.yaml",
