@@ -115,7 +115,6 @@ SIZES = {
             "eval_interval=1dur",
             "model.init_device=cpu",
             "save_folder=null",
-            "autoresume=false",
             _METRICS,
         ),
         (1.3e8, 1.4e8),

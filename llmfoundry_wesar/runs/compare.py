@@ -225,6 +225,8 @@ def plan(
                     "another name"
                 )
             where += [f"save_folder={_path(out / 'checkpoints' / name)}", "save_overwrite=true", "autoresume=true"]
+        elif expanded.get("autoresume"):
+            where.append("autoresume=false")  # Composer refuses it without a folder
         arguments = own if nproc is None else [_for_launcher(text) for text in own]
         runs[config_hash] = Run(
             name=name,

@@ -114,6 +114,11 @@ def test_commands_are_the_stock_ones(tmp_path, monkeypatch):
         "save_overwrite=true",
         "autoresume=true",
     )
+    # Without such a folder Composer would refuse the YAML's `autoresume: true` after a minute.
+    (run,) = plan(
+        str(Path(__file__).parents[2] / "yamls/130m.yaml"), ["wesar"], [1], tmp_path, overrides=["save_folder=null"]
+    )
+    assert run.command[-1] == "autoresume=false"
 
 
 @pytest.mark.parametrize(
