@@ -106,8 +106,8 @@ def plan(out: Path, data: Path | None, device: str, seconds: float) -> list[tupl
     steps.append(("monitor 130m", 90, [*bench, "--suite", "monitor", "--sizes", small, "--modes", "eager"]))
     steps.append(("monitor 1.3b", 90, [*bench, "--suite", "monitor", "--sizes", large, "--modes", "eager"]))
     steps.append(("loss", 60, [*bench, "--suite", "loss,optimizer", "--sizes", small, "--modes", "eager"]))
-    steps.append(("trainer 1.3b", 560, [*bench, "--suite", "trainer", "--sizes", large, "--modes", "compiled"]))
     steps.append(("trainer eager", 300, [*bench, "--suite", "trainer", "--sizes", small, "--modes", "eager"]))
+    steps.append(("trainer 1.3b", 560, [*bench, "--suite", "trainer", "--sizes", large, "--modes", "compiled"]))
     return steps
 
 
