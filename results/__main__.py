@@ -33,6 +33,7 @@ CLAIMS: dict[str, ModuleType] = {
     "spikes": spikes,
     "equal_step": equal_step,
 }
+_HEADINGS = {"2m": "200 steps", "spike": "Where plain weights spike", "130m": "130M parameters on a GPU"}
 LETTERS = dict(zip(CLAIMS, "abcdefgh", strict=True))
 WORK = Path("runs/claims")
 app = Typer(help="The evidence for the claims in results/README.md.", no_args_is_help=True)
@@ -79,9 +80,10 @@ def report(out: Annotated[Path, Option(help="Folder for verdicts.md and the pict
     """Write verdicts.md and its pictures from runs.csv, curves and perplexity.csv. Nothing is trained."""
     text = "# What came out\n\nWritten by `python -m results report`; README.md beside it has the claims and rules.\n\n"
     text += "Intervals are 95%, over seeds.\n\n"
-    for size in ("2m", *LONG, "130m"):
-        evidence, steps = Evidence(size=size), size.partition("-")[2] or "200"
-        text += "# 130M parameters on a GPU\n\n" if size == "130m" else f"# {int(steps):,} steps\n\n"
+    for size in ("2m", *LONG, "spike", "130m"):
+        evidence, steps = Evidence(size=size), size.partition("-")[2]
+        suffix = f", {int(steps):,} steps" if size in LONG else ", where plain weights spike" if size == "spike" else ""
+        text += f"# {_HEADINGS[size] if size in _HEADINGS else f'{int(steps):,} steps'}\n\n"
         if not evidence.rows:
             text += "Not run so far.\n\n"
             continue
@@ -90,16 +92,14 @@ def report(out: Annotated[Path, Option(help="Folder for verdicts.md and the pict
         sections = {
             f"({letter}) {name}": CLAIMS[name]
             for name, letter in LETTERS.items()
-            if name == "spikes" or any(each.size == size for each in CLAIMS[name].SERIES)
+            if (name == "spikes" and size != "spike") or any(each.size == size for each in CLAIMS[name].SERIES)
         }
         if size == "2m":
             sections["perplexity"] = perplexity
         if size == "130m":
             sections = {"all methods, one seed": large}
         for name, claim in sections.items():
-            title, verdict = name.replace("_", " "), judge(claim, evidence)
-            if size in LONG:
-                title += f", {int(steps):,} steps"
+            title, verdict = name.replace("_", " ") + suffix, judge(claim, evidence)
             sentence = f"{title}: {verdict.status}. {verdict.sentences}"
             echo(sentence)
             text += f"## {title}\n\n{sentence}\n\n"

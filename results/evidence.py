@@ -21,7 +21,8 @@ from llmfoundry_wesar.runs.scalars import Scalars, find_curves, read_scalars, wr
 from llmfoundry_wesar.runs.summary import Row, append_rows, read_rows
 
 FOLDER = Path(__file__).parent
-KEPT = re.compile(r"loss/train/loss$|metrics/eval/|update_ratio/|(weight_norm|grad_norm|gate)/.*\bffn\.")
+# Besides the training loss.
+KEPT = re.compile(r"metrics/eval/|update_ratio/|(weight_norm|grad_norm|gate)/.*\bffn\.")
 # Of each matrix's metrics at most this many steps are kept; of the losses all.
 POINTS = 50
 # An older expression for the same parameters. The runs of this model were all trained with it, and their names have a
@@ -152,9 +153,10 @@ def keep(row: Row, scalars: Scalars, folder: Path) -> None:
     """Write the curves of a run if it has finished, then append its row to `runs.csv`."""
     if row["status"] == "finished":
         kept = {}
+        losses = [curve.metric for curve in find_curves("", scalars, "loss")]
         for metric, (steps, values) in scalars.items():
-            if KEPT.match(metric):
-                every = 1 if metric.startswith("loss/") else -(-len(steps) // POINTS)
+            if metric in losses or KEPT.match(metric):
+                every = 1 if metric in losses else -(-len(steps) // POINTS)
                 rounded = [f"{value:.{DIGITS}g}" for value in values[::every]]
                 kept[metric] = (steps[::every], np.array(rounded, dtype=np.float32))
         write_csv(folder / "curves" / f"{row['run']}.csv.xz", {row["run"]: kept})

@@ -51,6 +51,7 @@ def add(
     variation: str = "",
     spikes: int = 0,
     parameters: float = 2229888,
+    jump: float = 0,
 ):
     name = f"{method}-{variation}-{seed}"
     row = {column: "" for column in COLUMNS} | {
@@ -60,7 +61,7 @@ def add(
         "seed": str(seed),
     }
     row |= {"status": "finished", "held_out_loss": str(held_out), "final_loss": str(held_out), "spikes": str(spikes)}
-    row["largest_jump"] = "0"
+    row["largest_jump"] = str(jump)
     keep(row | {"parameters": str(parameters)}, logged, folder)
 
 
@@ -249,6 +250,22 @@ def test_gates_are_tested_at_an_equal_step_only_if_the_plain_model_spikes(tmp_pa
         assert verdict.status == "not decided" and [line[4] for line in verdict.table[1:]] == ["0"] * 3
 
 
+@pytest.mark.parametrize(
+    ("small", "wesar", "status"),
+    # Numbers of 8 runs whose loss jumps. Fisher's p of 8 and 4 is C(8, 4) / C(16, 4) = 0.038, of 8 and 5 it is 0.1.
+    [(8, 4, "confirmed"), (8, 5, "not decided"), (4, 8, "not confirmed")],
+)
+def test_gates_are_counted_where_the_plain_model_spikes(tmp_path: Path, small: int, wesar: int, status: str):
+    for method, rate, count in (("small_init", equal_step.SPIKING, small), ("wesar", equal_step.TRIED[-1], wesar)):
+        for number in range(8):
+            variation, jump = f"optimizer.lr={rate}", 1.01 if number < count else 0.99
+            add(tmp_path, method, 41 + number, 5.0, _ratio(0.01), variation, parameters=7e5, jump=jump)
+    verdict = equal_step.report(Evidence(tmp_path, "spike"))
+    assert verdict.status == status
+    assert [line[3] for line in verdict.table[1:]] == [f"{small} of 8", f"{wesar} of 8"]
+    assert ("p = 0.038 for fewer" in verdict.sentences) == (status == "confirmed")
+
+
 @pytest.mark.parametrize(("factor", "status"), [(10, "confirmed"), (0.1, "not confirmed"), (1, "not decided")])
 def test_spread_over_seeds_is_judged_by_the_f_test(tmp_path: Path, factor: float, status: str):
     for seed in MAIN_SEEDS:
@@ -343,7 +360,7 @@ def test_what_is_published_follows_from_what_is_kept(tmp_path: Path):
         assert (FOLDER / picture).exists() and (tmp_path / picture).stat().st_size > 10_000
     page = (FOLDER.parent / "docs/reproduction.md").read_text(encoding="utf-8")
     quoted = re.findall(r"^> (\([a-h]\) .*)$", page, re.MULTILINE)
-    assert "".join(line[1] for line in quoted) == "abcdefg" + "abcgh"
+    assert "".join(line[1] for line in quoted) == "abcdefg" + "abcgh" + "h"
     assert all(line in text for line in quoted)
     # Its table of claims and lengths.
     rows = re.findall(r"^\| (\([a-h]\) [\w ]+) \| ([\w ]+) \| ([\w ]+) \| ([\w ]+) \| [\w ]+ \|$", page, re.MULTILINE)
