@@ -120,34 +120,27 @@ class _CrossEntropy(torch.autograd.Function):
         return gradient, None, None
 
 
-def _project(
-    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, grad_hidden: Tensor, grad_weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Do one chunk for `_projected`: write `grad_hidden`, add to `grad_weight`, and return the two rows.
-
-    A function, so that its logits are freed before those of the next chunk are computed.
-    """
-    logits = hidden @ weight.T
-    if _takes_kernels(logits):
-        target_log_p, lse = _compiled_row_terms(logits, targets)
-        one = torch.ones((), device=hidden.device)
-        gradient = _compiled_gradient(logits, targets, lse, z_loss, one)
-    else:
-        log_p, target_log_p, lse = _log_softmax(logits, targets)
-        gradient = _logits_gradient_(log_p.exp_(), targets, lse, z_loss, 1.0).to(logits.dtype)
-    torch.mm(gradient, weight, out=grad_hidden)
-    grad_weight += gradient.T @ hidden
-    return target_log_p, lse
-
-
 # A custom operator, so that `torch.compile` does not unroll the loop over chunks.
 @torch.library.custom_op("llmfoundry_wesar::linear_cross_entropy", mutates_args=())
 def _projected(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the targets' log-probabilities (T), lse (T), and n times the gradients for `hidden` and `weight`."""
     grad_hidden = torch.empty_like(hidden)
     grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-    chunks = _chunks(len(hidden), len(weight), PROJECTED_CHUNK[hidden.device.type])
-    rows = [_project(hidden[c], weight, targets[c], z_loss, grad_hidden[c], grad_weight) for c in chunks]
+    one = torch.ones((), device=hidden.device)
+    rows = []
+    for c in _chunks(len(hidden), len(weight), PROJECTED_CHUNK[hidden.device.type]):
+        logits = hidden[c] @ weight.T
+        if _takes_kernels(logits):
+            target_log_p, lse = _compiled_row_terms(logits, targets[c])
+            gradient = _compiled_gradient(logits, targets[c], lse, z_loss, one)
+        else:
+            log_p, target_log_p, lse = _log_softmax(logits, targets[c])
+            gradient = _logits_gradient_(log_p.exp_(), targets[c], lse, z_loss, 1.0).to(logits.dtype)
+            del log_p
+        rows.append((target_log_p, lse))
+        torch.mm(gradient, weight, out=grad_hidden[c])
+        grad_weight += gradient.T @ hidden[c]
+        del logits, gradient  # otherwise the next chunk would be a third one in memory
     target_log_p, lse = (torch.cat(parts) for parts in zip(*rows, strict=True))
     return target_log_p, lse, grad_hidden, grad_weight
 
