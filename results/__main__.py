@@ -81,14 +81,15 @@ def report(out: Annotated[Path, Option(help="Folder for verdicts.md and the pict
     text = "# What came out\n\nWritten by `python -m results report`; README.md beside it has the claims and rules.\n\n"
     text += "Intervals are 95%, over seeds.\n\n"
     for size in ("2m", *LONG, "spike", "130m"):
-        evidence, steps = Evidence(size=size), size.partition("-")[2]
-        suffix = f", {int(steps):,} steps" if size in LONG else ", where plain weights spike" if size == "spike" else ""
-        text += f"# {_HEADINGS[size] if size in _HEADINGS else f'{int(steps):,} steps'}\n\n"
+        evidence, (_, dash, steps) = Evidence(size=size), size.partition("-")
+        heading = _HEADINGS.get(size) or f"{int(steps):,} steps"
+        suffix = f", {heading[0].lower()}{heading[1:]}" if size in (*LONG, "spike") else ""
+        text += f"# {heading}\n\n"
         if not evidence.rows:
             text += "Not run so far.\n\n"
             continue
         text += f"{len(evidence.rows)} runs finished, {len(evidence.failed)} failed.\n\n"
-        # (g) has no runs of its own, and looks at those of every size.
+        # (g) has no runs of its own, and looks at those of each length.
         sections = {
             f"({letter}) {name}": CLAIMS[name]
             for name, letter in LETTERS.items()
@@ -107,7 +108,7 @@ def report(out: Annotated[Path, Option(help="Folder for verdicts.md and the pict
                 header, *lines = verdict.table
                 text += markdown([header]) + "|---" * len(header) + "|\n" + markdown(lines) + "\n"
             if verdict.picture:
-                picture = f"{claim.__name__.rpartition('.')[2]}{f'-{steps}' if size in LONG else ''}.png"
+                picture = f"{claim.__name__.rpartition('.')[2]}{dash}{steps}.png"
                 # Without the version of matplotlib in it, equal pictures are equal files.
                 with replacing(out / picture) as partial:
                     verdict.picture.savefig(partial, dpi=160, metadata={"Software": None})

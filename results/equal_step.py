@@ -1,7 +1,5 @@
 """(h) WeSaR's gates prevent spikes (the paper's title), at an equal relative step (not in the paper)."""
 
-from contextlib import suppress
-
 import numpy as np
 from scipy import stats
 
@@ -17,6 +15,7 @@ from results.evidence import (
     decide,
     jumped,
     median_update_ratio,
+    without_lacking,
 )
 from results.pictures import dots, panels
 
@@ -62,30 +61,32 @@ def _search(evidence: Evidence) -> Verdict:
 
 def _count(evidence: Evidence) -> Verdict:
     """Compare the numbers of runs whose loss jumps, by Fisher's exact test."""
-    n, equal = len(evidence.size.seeds), {"learning_rate": float(TRIED[-1])}
-    groups: dict[str, list[Row]] = {
-        f"small_init, {SPIKING}": evidence.find("small_init", learning_rate=float(SPIKING)),
-        f"wesar, {TRIED[-1]}": evidence.find("wesar", **equal),
-    }
+    n = len(evidence.size.seeds)
+    *compared, beside = (("small_init", SPIKING), ("wesar", TRIED[-1]), ("wesar", SPIKING))
+
+    def find(group: tuple[str, str]) -> list[Row]:
+        method, rate = group
+        return evidence.find(method, learning_rate=float(rate))
+
+    groups = {group: find(group) for group in compared}
     small, wesar = (sum(map(jumped, rows)) for rows in groups.values())
     table = [[small, n - small], [wesar, n - wesar]]
     fewer, more = (stats.fisher_exact(table, alternative=side).pvalue for side in ("greater", "less"))
-    with suppress(Lacking):
-        groups[f"wesar, {SPIKING}"] = evidence.find("wesar", learning_rate=float(SPIKING))
+    groups |= without_lacking(find, [beside])
     ratios = {
-        name: np.array([median_update_ratio(evidence.curves(row)) for row in rows]) for name, rows in groups.items()
+        group: np.median([median_update_ratio(evidence.curves(row)) for row in rows]) for group, rows in groups.items()
     }
-    jumps = {name: np.array([float(row["largest_jump"]) for row in rows]) for name, rows in groups.items()}
+    jumps = {group: np.array([float(row["largest_jump"]) for row in rows]) for group, rows in groups.items()}
     lines = [
         [
-            *name.split(", "),
-            f"{np.median(ratios[name]):.5f}",
+            *group,
+            f"{ratios[group]:.5f}",
             f"{sum(map(jumped, rows))} of {n}",
-            f"{np.median(jumps[name]):.2f}",
+            f"{np.median(jumps[group]):.2f}",
             f"{sum(int(row['spikes']) > 0 for row in rows)} of {n}",
             f"{np.median([float(row['final_loss']) for row in rows]):.3f}",
         ]
-        for name, rows in groups.items()
+        for group, rows in groups.items()
     ]
     header = [
         "method",
@@ -94,17 +95,18 @@ def _count(evidence: Evidence) -> Verdict:
         "runs that jump",
         "largest jump",
         "runs with a spike by the score",
+        "final loss",
     ]
     picture, [axis] = panels(1, height=0.35 * len(groups) + 0.8)
-    dots(axis, jumps, COLOURS)
+    dots(axis, {", ".join(group): values for group, values in jumps.items()}, COLOURS)
     axis.axvline(1, color="0.6", linewidth=1, zorder=0)
     axis.set_xlabel("largest jump of the loss (nats)")
-    steps = ", ".join(f"{np.median(values):.5f}" for values in list(ratios.values())[:2])
+    steps = ", ".join(f"{ratios[group]:.5f}" for group in compared)
     return Verdict(
         decide(fewer < 0.05, more < 0.05),
         f"The loss of {small} of {n} runs of small_init jumps by more than 1 nat, and that of {wesar} of {n} of wesar "
         f"at an equal step (median update ratios {steps}). Fisher's exact test: p = {fewer:.3f} for fewer under wesar, "
         f"{more:.3f} for more.",
         picture,
-        [[*header, "final loss"], *lines],
+        [header, *lines],
     )

@@ -7,10 +7,11 @@ curves/RUN.csv.xz   of a finished run the metrics that a claim needs, see KEPT; 
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -20,6 +21,7 @@ from llmfoundry_wesar.runs.compare import Run, plan, run_series
 from llmfoundry_wesar.runs.scalars import Scalars, find_curves, read_scalars, write_csv
 from llmfoundry_wesar.runs.summary import Row, append_rows, read_rows
 
+K, V = TypeVar("K"), TypeVar("V")
 FOLDER = Path(__file__).parent
 # Besides the training loss.
 KEPT = re.compile(r"metrics/eval/|update_ratio/|(weight_norm|grad_norm|gate)/.*\bffn\.")
@@ -189,6 +191,15 @@ def run(series: Iterable[Series], work: Path, folder: Path = FOLDER, overrides: 
 
 class Lacking(ValueError):
     """A claim cannot be judged yet, because the runs that the message names are not kept."""
+
+
+def without_lacking(find: Callable[[K], V], keys: Iterable[K]) -> dict[K, V]:
+    """Return key → what `find` returns for it, without the keys whose runs are lacking."""
+    found = {}
+    for key in keys:
+        with suppress(Lacking):
+            found[key] = find(key)
+    return found
 
 
 class Interval(NamedTuple):

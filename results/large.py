@@ -1,12 +1,10 @@
 """The 130M model on a GPU: one run of each method. One seed decides nothing, so the figures are told as measured."""
 
-from contextlib import suppress
-
 import numpy as np
 
-from results.evidence import MAIN, Evidence, Lacking, Verdict, by_role
+from results.evidence import MAIN, Evidence, Verdict, by_role, without_lacking
 from results.methods import METHODS
-from results.update_ratios import PART, draw, part_of, ratios_of
+from results.update_ratios import draw, ends, part_of, ratios_of
 
 _HEADER = [
     "method",
@@ -29,23 +27,20 @@ def _growth(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> list[str]:
 
 def report(evidence: Evidence) -> Verdict:
     """Tell of each method that has run the held-out loss, (a)'s r, and (b)'s growth."""
-    found = {}
-    for method in METHODS:
-        with suppress(Lacking):
-            [found[method]] = evidence.find(method)
+    found = without_lacking(lambda method: evidence.find(method)[0], METHODS)
+    ratios = {method: ratios_of(evidence, method) for method in found}
     lines = []
     for method, row in sorted(found.items(), key=lambda item: float(item[1]["held_out_loss"])):
-        curves, ratios = evidence.curves(row), ratios_of(evidence, method)
-        steps = ratios["W_d"][0]
-        ends = (steps < PART * steps[-1], steps > (1 - PART) * steps[-1])
-        spread = [f"{part_of(ratios, end, method).spread[0]:.2f}" for end in ends]
+        parts = ends(ratios[method]["W_d"][0]).values()
+        spread = [f"{part_of(ratios[method], part, method).spread[0]:.2f}" for part in parts]
+        curves = evidence.curves(row)
         growth = [cell for family in ("weight_norm", "gate") for cell in _growth(by_role([curves], family))]
         lines.append([method, f"{float(row['held_out_loss']):.3f}", row["spikes"], *spread, *growth])
     sentences = (
-        "One seed, no verdict. r is the largest ÷ the smallest update ratio of a role; norms and gates are at the"
+        "One seed, no verdict. r is the largest ÷ the smallest update ratio of a role; norms and gates are at the end "
+        "÷ at the start."
     )
-    sentences += " end ÷ at the start."
     if lacking := [method for method in METHODS if method not in found]:
         sentences += f" Not run so far: {', '.join(lacking)}."
-    both = {method: ratios_of(evidence, method) for method in MAIN if method in found}
+    both = {method: ratios[method] for method in MAIN if method in found}
     return Verdict("measured", sentences, draw(both) if len(both) == 2 else None, [_HEADER, *lines])

@@ -1,8 +1,6 @@
 """(c) The order of the methods of Tables 6 and 7."""
 
-from collections.abc import Callable, Collection
 from contextlib import suppress
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +16,7 @@ from results.evidence import (
     Series,
     Verdict,
     interval,
+    without_lacking,
 )
 from results.pictures import dots, panels
 
@@ -93,22 +92,13 @@ def _compare(losses: dict[str, np.ndarray], other: str) -> list[str]:
     return [str(interval(losses[other])), str(difference), order]
 
 
-def _kept(losses: Callable[[str], Any], methods: Collection[str]) -> dict[str, Any]:
-    """Return method → its losses, without the methods whose runs are lacking."""
-    found = {}
-    for method in methods:
-        with suppress(Lacking):
-            found[method] = losses(method)
-    return found
-
-
 def report(evidence: Evidence) -> Verdict:
     """Judge the claim by its rule. Pairs whose runs are lacking are left out, and forbid `confirmed`."""
     planned = {method for each in SERIES if SIZES[each.size] == evidence.size for method in each.methods}
     asked = dict.fromkeys(method for method in (*METHODS, EXTRA) if method in planned).keys()
     evidence.losses("wesar")  # without which there is nothing to compare
-    equal = _kept(evidence.losses, asked)
-    best = _kept(lambda method: best_rate(evidence, method), asked)
+    equal = without_lacking(evidence.losses, asked)
+    best = without_lacking(lambda method: best_rate(evidence, method), asked)
     lacking = {"at 1e-3": asked - equal.keys(), "at its own best rate": asked - best.keys()}
     rates = {method: rate for method, (rate, _) in best.items()}
     own = {method: losses for method, (_, losses) in best.items()}

@@ -39,6 +39,11 @@ class Part(NamedTuple):
     passed: np.ndarray
 
 
+def ends(steps: np.ndarray) -> dict[str, np.ndarray]:
+    """Return masks of the first and the last tenth of training."""
+    return {"first": steps < PART * steps[-1], "last": steps > (1 - PART) * steps[-1]}
+
+
 def part_of(ratios: dict[str, tuple[np.ndarray, np.ndarray]], steps: np.ndarray, method: str) -> Part:
     """Return what a method did in the given steps, a mask."""
     means = {role: values[:, steps].mean(axis=1) for role, (_, values) in ratios.items()}
@@ -72,8 +77,9 @@ def report(evidence: Evidence) -> Verdict:
     """Judge the claim by its rule: by the first tenth of training, in long runs by the last one as well."""
     long, n = bool(evidence.size.length), len(evidence.size.main_seeds)
     ratios = {method: ratios_of(evidence, method) for method in MAIN}
-    steps = ratios["wesar"]["W_d"][0]
-    parts = {"first": steps < PART * steps[-1]} | ({"last": steps > (1 - PART) * steps[-1]} if long else {})
+    parts = ends(ratios["wesar"]["W_d"][0])
+    if not long:
+        del parts["last"]
     found = {name: [part_of(ratios[method], part, method) for method in MAIN] for name, part in parts.items()}
     sentences = [
         f"Largest ÷ smallest update ratio of a role in the {name} tenth of training, median (range) of {n} seeds: "
