@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from composer.core import Time, TimeUnit
 from llmfoundry.models.mpt import MPTConfig, MPTForCausalLM
 from llmfoundry.registry import callbacks as callback_registry
-from llmfoundry.registry import optimizers
+from llmfoundry.registry import optimizers, schedulers
 from llmfoundry.utils.builders import build_optimizer
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
@@ -89,10 +90,11 @@ def check_config(config: Mapping[str, Any], model: nn.Module) -> WeSaRAdamW | No
         The optimizer, if it is `wesar_adamw`.
 
     Raises:
-        ValueError: If the sequences are too long for the model, a callback of ours has a wrong key or value or does
-            nothing, or the optimizer has one.
+        ValueError: If the sequences are too long for the model, the warm-up and the training have two units, a
+            callback of ours has a wrong key or value or does nothing, or the optimizer has one.
     """
     _check_lengths(config)
+    _check_warmup(config)
     _check_callbacks(config.get("callbacks"), model)
     return _check_optimizer(config.get("optimizer"), model)
 
@@ -108,6 +110,30 @@ def _check_lengths(config: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"model.max_seq_len: {longest} is less than {key}: {length}; set model.max_seq_len to {length} or more."
             )
+
+
+def _check_warmup(config: Mapping[str, Any]) -> None:
+    """Refuse a warm-up in another unit than the decay. Composer does so only when all ranks have built the model."""
+    scheduler, duration = config.get("scheduler") or {}, config.get("max_duration")
+    name = str(scheduler.get("name"))
+    if duration is None or name not in schedulers or not {"t_warmup", "t_max"} <= {*arguments(schedulers.get(name))}:
+        return
+    times: dict[str, Any] = {"max_duration": duration, "scheduler.t_max": scheduler.get("t_max", "1dur")}
+    times["scheduler.t_warmup"] = scheduler.get("t_warmup")
+    units = {}
+    for key, time in times.items():
+        try:
+            unit = Time.from_input(time, TimeUnit.EPOCH).unit
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{key}: {time!r} is not a time such as '100ba', '1ep' or '1e6tok'.") from error
+        unit = units["max_duration"] if unit == TimeUnit.DURATION and units else unit
+        units[key] = TimeUnit.BATCH if unit == TimeUnit.EPOCH else unit  # as the schedulers count epochs
+    if units["scheduler.t_warmup"] != units["scheduler.t_max"]:
+        end = "scheduler.t_max" if "t_max" in scheduler else "max_duration"
+        raise ValueError(
+            f"scheduler.t_warmup: {scheduler['t_warmup']} and {end}: {times[end]} have two units; write both in the "
+            "same one."
+        )
 
 
 def _check_callbacks(callbacks: Any, model: nn.Module) -> None:

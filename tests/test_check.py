@@ -70,6 +70,9 @@ REFUSED = {
     "model.norm_eps=abc": "model.norm_eps: 'abc' is not a number ≥ 0",
     "model.attn_config.softmax_scale=abc": "model.attn_config.softmax_scale: 'abc' is not a number",
     "model.max_seq_len=15": "model.max_seq_len: 15 is less than max_seq_len: 16; set model.max_seq_len to 16 or more",
+    "max_duration=1000tok; scheduler.t_warmup=2ba": "t_warmup: 2ba and max_duration: 1000tok have two units; write",
+    "scheduler.t_max=1000tok": "scheduler.t_warmup: .*ba and scheduler.t_max: 1000tok have two units",
+    "scheduler.t_warmup=soon": "scheduler.t_warmup: 'soon' is not a time such as '100ba'",
     "model.n_layers=0": "model.n_layers: 0 is not a whole number ≥ 1",
     "model.n_layers=true": "model.n_layers: True is not a whole number ≥ 1",
     "model.expansion_ratio=0": "model.expansion_ratio: 0 is not a positive number",
@@ -104,7 +107,16 @@ def test_the_trainer_and_inspect_refuse_it_in_the_same_words(overrides, dataset)
 
 
 @pytest.mark.parametrize(
-    "overrides", ["", "optimizer.lr=0", "model.master_weights_dtype=bf16", "variables.methods=mine", "callbacks=null"]
+    "overrides",
+    [
+        "",
+        "optimizer.lr=0",
+        "model.master_weights_dtype=bf16",
+        "variables.methods=mine",
+        "callbacks=null",
+        "max_duration=1ep; scheduler.t_warmup=1ba; scheduler.t_max=0.5dur",
+        "max_duration=256tok; scheduler.t_warmup=0.5dur",
+    ],
 )
 def test_what_trains_is_not_refused(overrides, dataset):
     assert messages(overrides, dataset) == ["", ""]

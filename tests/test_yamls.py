@@ -6,13 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from composer.core import Time
+from composer.core import Callback, State, Time
+from composer.loggers import Logger
+from llmfoundry import registry
+from llmfoundry.command_utils import train_from_yaml
 from llmfoundry.models.layers.norm import RMSNorm
 from omegaconf import OmegaConf
 
 from llmfoundry_wesar.inspection import inspect_config, load_config
-from llmfoundry_wesar.methods import load, names
+from llmfoundry_wesar.methods import load
 from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM
+from tests.distributed import REPOSITORY
+
+SCHEDULES = {"rapid": (1e-3, 100), "stable": (5e-4, 2000)}  # learning rate and steps of warm-up (Table 3)
 
 
 @pytest.mark.parametrize(
@@ -47,10 +53,39 @@ def test_table_10(size, d, layers, heads):
 @pytest.mark.parametrize("size", ["130m", "1.3b", "13b"])
 def test_tables_3_and_11_are_not_overridden(size):
     """`test_methods.py` tests the settings themselves. Both settings have the same corpus."""
-    for setting in names("setting"):
+    for setting in SCHEDULES:
         config = load_config(f"yamls/{size}.yaml", [f"variables.setting={setting}"])
         assert OmegaConf.merge(config, load("setting", setting)) == config
-        assert Time.from_timestring(config["max_duration"]) == Time(30_000_000_000, "tok")
+        batch = config["global_train_batch_size"] * config["max_seq_len"]
+        assert Time.from_timestring(config["max_duration"]) == Time(30_000_000_000 // batch, "ba")
+
+
+# The data of the tests, a model for a CPU, and nothing that could hide a fault in lengths and schedule.
+SHRUNK = ["max_seq_len=16", "model.d_model=32", "model.n_layers=1", "model.n_heads=2", "model.vocab_size=97"]
+SHRUNK += ["global_train_batch_size=8", "device_train_microbatch_size=4", "train_loader.num_workers=1"]
+SHRUNK += ["precision=fp32", "model.init_device=cpu", "compile_config=null", "eval_loader=null", "eval_interval=0"]
+SHRUNK += ["save_folder=null", "autoresume=false", "loggers=null", "log_to_console=false", "callbacks.second_step={}"]
+
+
+class SecondStep(Callback):
+    """End the training after two steps, because Composer sets the rate of the first two to 0."""
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if state.timestamp.batch == 2:
+            state.stop_training()
+
+
+@pytest.mark.parametrize("setting", SCHEDULES)
+@pytest.mark.parametrize("size", ["130m", "1.3b", "13b"])
+def test_the_trainer_starts_with_the_papers_length_and_schedule(size, setting, dataset):
+    """After two steps the learning rate is that of the first step of the warm-up."""
+    registry.callbacks.register("second_step", func=SecondStep)
+    variables = [f"variables.setting={setting}", f"variables.data={dataset}"]
+    trainer = train_from_yaml(str(REPOSITORY / f"yamls/{size}.yaml"), [*SHRUNK, *variables])
+    trainer.close()
+    assert trainer.state.timestamp.batch == 2
+    rate, steps = SCHEDULES[setting]
+    assert trainer.state.optimizers[0].param_groups[0]["lr"] == pytest.approx(rate / steps)
 
 
 def test_the_llama_has_the_size_that_its_head_says():
