@@ -68,7 +68,7 @@ class SpikeRecorder(IntervalCallback):
     - ``tokens.csv``: the tokens of the spike's batch and of the one before, if batches have ``input_ids``.
 
     A checkpoint holds nothing of it. After a resumption it starts with an empty window, and keeps the folders that
-    are there.
+    are there. What it cannot write, it says in a warning: the training goes on.
 
     Args:
         window: The number of steps to keep from before a spike.
@@ -144,6 +144,12 @@ class SpikeRecorder(IntervalCallback):
             if number == self._spike.step + self.after:
                 self._write(state, logger, last=True)
         elif jumped(self._losses, self.deviations, self.nats) and self._written() < self.most:
+            if not any(step.addends is not None for step in self._since(number - self.window)):
+                log.warning(
+                    "spike_recorder: the loss jumps at step %d; none of the %d steps before was measured, so lower %s.",
+                    *(number, self.window, self.key("interval")),
+                )
+                return
             self._spike = _Spike(number, _batch(state), self._tokens())
             self._write(state, logger, last=self.after == 0)
 
@@ -151,6 +157,9 @@ class SpikeRecorder(IntervalCallback):
         """Write a spike shortly before the end again, with the steps after it."""
         if self._spike is not None:
             self._write(state, logger, last=True)
+
+    def _since(self, first: int) -> list[_Step]:
+        return [step for step in self._steps if step.number >= first]
 
     def _addends(self) -> Tensor:
         assert self._measurement is not None
@@ -184,11 +193,15 @@ class SpikeRecorder(IntervalCallback):
         if dist.get_global_rank() != 0:
             return
         picture = draw_spike(record)
-        with whole(self._path / str(spike.step), replace=True) as folder:
-            folder.mkdir()
-            write(record, folder, picture)
-            if spike.tokens:
-                _write_tokens(folder / "tokens.csv", spike.tokens)
+        try:
+            with whole(self._path / str(spike.step), replace=True) as folder:
+                folder.mkdir()
+                write(record, folder, picture)
+                if spike.tokens:
+                    _write_tokens(folder / "tokens.csv", spike.tokens)
+        except OSError as error:  # such as a full disk, which must not end a training of days
+            log.warning("spike_recorder: %s. The report is not written: %s.", headline(record), error)
+            return
         if last:
             logger.log_images(pixels(picture), name="spike", channels_last=True, use_table=False)
         else:
@@ -198,7 +211,7 @@ class SpikeRecorder(IntervalCallback):
         """Sum over ranks what was kept, with one collective, and make it readable."""
         measurement = self._measurement
         assert measurement is not None
-        steps = [step for step in self._steps if step.number >= spike.step - self.window]
+        steps = self._since(spike.step - self.window)
         measured = [i for i, step in enumerate(steps) if step.addends is not None]
         columns = torch.stack([step.addends for step in steps if step.addends is not None]).unbind(1)
         parts, start = {}, 0

@@ -156,6 +156,21 @@ def test_a_spike_near_the_end_and_a_measurement_at_an_interval(tmp_path):
     assert {step for step, _ in found} == set(range(28, 70, 2))
 
 
+@pytest.mark.parametrize(
+    ("folder", "options", "words"),
+    [
+        ("a", {"interval": "60ba"}, "at step 50; none of the 40 steps before was measured, so lower callbacks.spike_r"),
+        ("file/spikes", {}, "The report is not written: "),
+    ],
+)
+def test_a_spike_that_cannot_be_written_does_not_end_the_training(folder, options, words, tmp_path, caplog):
+    """The steps 0 and 60 are measured, which are outside the window; or a file is where the folder should be."""
+    (tmp_path / "file").touch()
+    logged = record(tmp_path / folder, Inject(Event.AFTER_DATALOADER, SPIKE, repeat), **options)
+    assert len(logged["loss/train/total"]) == STEPS
+    assert words in caplog.text and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_jump_in_the_last_step_is_said_once_and_its_picture_is_logged(tmp_path, caplog):
     pictures = Pictures("spike")
     model = regression()
