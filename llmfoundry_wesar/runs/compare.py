@@ -302,10 +302,11 @@ def _conditions(nproc: int | None) -> dict[str, str]:
 def _progress(log: Path) -> float:
     """Return the share of the run that is done, from the last log line such as `[batch=50/300]:`.
 
-    If the log counts epochs, it is the share of the current epoch.
+    If the log counts epochs, it is the share of the current epoch. Below such a line the trainer lists all metrics,
+    80 kB at 13B.
     """
     with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 50_000))
+        file.seek(max(0, log.stat().st_size - 500_000))
         found = re.findall(rb"^(?:\[epoch=\d+\])?\[\w+=(\d+)/(\d+)\]", file.read(), re.MULTILINE)
     return int(found[-1][0]) / int(found[-1][1]) if found else 0.0
 
