@@ -1,20 +1,25 @@
-"""Foundry's own configs train under WeSaR with two more lines: `optimizer.name` and `optimizer.sigma`.
+"""Foundry's own configs train under WeSaR with the keys that the README gives.
 
 The texts are shortened copies of scripts/train/yamls/pretrain/{mpt-125m,hf-llama-3.1-8B}.yaml of llm-foundry. A CPU
 needs another precision, init device and `loss_fn`, and smaller sizes. `torch_dtype: bfloat16` of the Llama is left out,
 because with it no weight is in float32.
 """
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from composer import Trainer
 from composer.loggers import InMemoryLogger
 from llmfoundry.command_utils import train
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-COMMON = """
+from llmfoundry_wesar.methods import expand
+from tests.distributed import REPOSITORY
+
+COMMON = OmegaConf.create("""
 variables: {data_local: null, data_remote: null, max_seq_len: 2048, global_seed: 17, model_name: null}
 max_seq_len: ${variables.max_seq_len}
 run_name: stock
@@ -47,7 +52,7 @@ progress_bar: false
 log_to_console: true
 console_log_interval: 1ba
 callbacks: {speed_monitor: {window_size: 10}, lr_monitor: {}, memory_monitor: {}, runtime_estimator: {}}
-"""
+""")
 MODELS = {
     "mpt-125m": """
 name: mpt_causal_lm
@@ -76,7 +81,25 @@ SIZES = {
     "mpt-125m": "d_model=32 n_heads=4 n_layers=2 vocab_size=97 attn_config.attn_impl=torch loss_fn=torch_crossentropy",
     "hf-llama-3.1-8B": "use_auth_token=false use_flash_attention_2=false",
 }
-TWO_LINES = ["optimizer.name=wesar_adamw", "optimizer.sigma=0.0063245553"]
+# The two blocks of the README: gates in the optimizer, and gates in MPT's layers.
+IN_OPTIMIZER, IN_LAYERS = re.findall("```yaml\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+
+
+def small_run(name: str, readme: str, dataset: Path, *overrides: str) -> tuple[Trainer, InMemoryLogger]:
+    """Train one of foundry's configs with keys of the README for three steps."""
+    config = OmegaConf.merge(COMMON, {"model": OmegaConf.create(MODELS[name])}, OmegaConf.create(readme))
+    # As on a GPU, where the precision is another: nothing is refused.
+    expand(OmegaConf.to_container(config, resolve=True), check_data=False)  # type: ignore[arg-type]
+    data = [f"variables.data_local={dataset}", f"tokenizer.name={Path(dataset) / 'tokenizer'}"]
+    changes = [*SMALL, *data, *(f"model.{size}" for size in SIZES[name].split()), *overrides]
+    config = OmegaConf.merge(config, OmegaConf.from_cli(changes))
+    assert isinstance(config, DictConfig)
+    trainer = train(config)
+    [logger] = [each for each in trainer.logger.destinations if isinstance(each, InMemoryLogger)]
+    trainer.close()
+    losses = torch.tensor([float(value) for _, value in logger.data["loss/train/total"]])
+    assert len(losses) == 3 and losses.isfinite().all()
+    return trainer, logger
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -84,16 +107,16 @@ def test_two_lines_train_it_under_wesar(name, dataset, tmp_path):
     """Every matrix gets a gate: an MPT's fused q, k, v, tied embeddings and learned positions, and a Llama's."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=97).save_pretrained(tmp_path)
-    data = [f"variables.data_local={dataset}", f"tokenizer.name={Path(dataset) / 'tokenizer'}"]
-    config = OmegaConf.merge(OmegaConf.create(COMMON), {"model": OmegaConf.create(MODELS[name])})
-    changes = [*SMALL, *data, f"variables.model_name={tmp_path}", *(f"model.{size}" for size in SIZES[name].split())]
-    trainer = train(OmegaConf.merge(config, OmegaConf.from_cli([*changes, *TWO_LINES])))
-    [logger] = [each for each in trainer.logger.destinations if isinstance(each, InMemoryLogger)]
-    trainer.close()
-    losses = torch.tensor([float(value) for _, value in logger.data["loss/train/total"]])
-    assert len(losses) == 3 and losses.isfinite().all()
+    trainer, _ = small_run(name, IN_OPTIMIZER, dataset, f"variables.model_name={tmp_path}")
     [optimizer] = trainer.state.optimizers
     for parameter, state in optimizer.state.items():
         assert ("gate" in state) == (parameter.ndim > 1)
         if "gate" in state:
             assert state["gate"].isfinite().all() and (state["gate"] > 0).all()
+
+
+def test_gates_in_its_layers_train_foundrys_mpt(dataset):
+    """Each of the two blocks' six matrices, W_e and W_p have a gate, and it is logged."""
+    _, logger = small_run("mpt-125m", IN_LAYERS, dataset)
+    for family in ("gate/", "update_ratio/"):
+        assert len([key for key in logger.data if key.startswith(family)]) == 14
