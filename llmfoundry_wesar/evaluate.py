@@ -280,7 +280,7 @@ def evaluate(
         from lm_eval.evaluator import evaluate as score
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
-        raise RuntimeError("lm-evaluation-harness is missing: pip install 'llmfoundry_wesar[evaluate]'.") from error
+        raise RuntimeError("lm-evaluation-harness is missing: pip install lm-eval.") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     names = list(TASKS) if tasks == "paper" else tasks.split(",")
     if unknown := [name for name in names if name not in TASKS]:

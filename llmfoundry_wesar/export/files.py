@@ -254,7 +254,7 @@ def _check_options(format: str, dtype: str) -> None:
     if dtype not in known:
         raise ValueError(f"--dtype {dtype}: with --format {format} it must be one of {', '.join(known)}.")
     if format == "gguf" and find_spec("gguf") is None:
-        raise RuntimeError("the package gguf is missing: pip install 'llmfoundry_wesar[gguf]'.")
+        raise RuntimeError("the package gguf is missing: pip install gguf.")
 
 
 def _require_finite(model: torch.nn.Module) -> None:
