@@ -19,15 +19,18 @@ def report(evidence: Evidence) -> Verdict:
         first = spike_steps(scalars["loss/train/loss"][1])[0]
         for family, found in changes.items():
             steps, values = by_role([scalars], family)["W_d"]
-            after = values[..., (steps > first) & (steps <= first + STEPS)].mean()
-            before = values[..., (steps < first) & (steps >= first - STEPS)].mean()
-            found.append(np.log(after / before))
+            after = values[..., (steps > first) & (steps <= first + STEPS)]
+            before = values[..., (steps < first) & (steps >= first - STEPS)]
+            if after.size and before.size:
+                found.append(np.log(after.mean() / before.mean()))
     counted = (
         f"{len(runs)} of {len(evidence.rows)} runs had a spike by the rule of `summary.spikes`, which judges no step"
         f" before the {SPIKE_WINDOW}th; {sum(map(jumped, evidence.rows))} jumped by more than 1 nat"
     )
     if len(runs) < 2:
         raise Lacking(counted)
+    if (seen := len(changes["update_ratio"])) < 2:
+        raise Lacking(f"{counted}. The kept curves have W_d within {STEPS} steps before and after it in {seen} of them")
     ratio, norm = (interval(np.array(found)) for found in changes.values())
     bar, close = np.log(0.8), np.log(1.25)
     return Verdict(

@@ -335,6 +335,18 @@ def test_spikes_compare_before_and_after_the_first_one(tmp_path: Path):
     assert verdict.status == "confirmed" and "update ratio -0.69" in verdict.sentences
 
 
+def test_spikes_between_two_measured_steps_are_not_compared(tmp_path: Path):
+    """W_d is measured every 100 steps, and 50 before and after the spike at 140 are looked at: only 100 is there."""
+    losses = np.where(np.arange(300) == 140, 9.0, 5 + 0.01 * np.sin(np.arange(300))).astype(np.float32)
+    rare = (np.arange(0, 300, 100), np.ones(3, dtype=np.float32))
+    families = ("update_ratio", "grad_norm")
+    logged = {"loss/train/loss": (np.arange(300), losses)} | {f"{f}/blocks.0.ffn.down_proj": rare for f in families}
+    for seed in (11, 12):
+        add(tmp_path, "small_init", seed, 5.0, logged, spikes=1)
+    with pytest.raises(Lacking, match=r"2 of 2 runs had a spike .* within 50 steps before and after it in 0 of them"):
+        spikes.report(Evidence(tmp_path))
+
+
 def test_the_large_model_is_told_as_measured(tmp_path: Path):
     """W_d moves three times as fast as the others; norms grow by 39 %, and only wesar has gates, which fall to 0.61."""
     fast = lambda name, step: 3e-3 if name.endswith("down_proj") else 1e-3  # noqa: E731
