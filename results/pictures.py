@@ -26,9 +26,10 @@ def band(axis: Axes, x: np.ndarray, values: np.ndarray, colour: str, label: str,
 
 
 def dots(axis: Axes, groups: Mapping[str, np.ndarray], colours: Sequence[str]) -> None:
-    """Draw a row for each group, the first on top: a dot for each seed, and a bar at the mean."""
+    """Draw a row for each group, the first on top: a dot for each seed, and a bar at the mean. A row may be empty."""
     for position, ((name, values), colour) in enumerate(zip(groups.items(), colours, strict=False)):
         axis.plot(values, np.full(len(values), position), "o", color=colour, alpha=0.5, markersize=4, label=name)
-        axis.plot([values.mean()], [position], "|", color=colour, markersize=16, markeredgewidth=2)
+        if len(values):
+            axis.plot([values.mean()], [position], "|", color=colour, markersize=16, markeredgewidth=2)
     axis.set_yticks(range(len(groups)), list(groups))
     axis.set_ylim(len(groups) - 0.5, -0.5)

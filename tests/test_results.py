@@ -236,6 +236,22 @@ def test_long_runs_take_the_rate_that_the_search_chose(tmp_path: Path, lead: flo
     assert f"of {count} pairs with it {count if lead > 0 else 0} are in the paper's order" in verdict.sentences
 
 
+def test_a_method_without_its_best_rate_keeps_its_row_in_the_picture(tmp_path: Path):
+    logged = scalars(lambda step: 8.0)
+    for rate in ("", *methods.SEARCH):
+        variation = f"{LONG} optimizer.lr={rate}" if rate else LONG
+        add(tmp_path, "wesar", LONG_SEARCH_SEED, 4.0, logged, variation)
+    for method, loss in (("wesar", 4.0), ("he_init", 3.0)):
+        for seed in LONG_SEEDS:
+            add(tmp_path, method, seed, loss + 0.001 * seed, logged, LONG)
+    picture = methods.report(Evidence(tmp_path, "2m-1500")).picture
+    assert picture is not None
+    left, right = picture.axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["he_init", "wesar"]
+    drawn = [list(np.asarray(line.get_ydata())) for line in right.lines]
+    assert drawn == [[], [1, 1, 1], [1]]  # a dot for each seed of `wesar`, and the bar
+
+
 @pytest.mark.parametrize("spiked", [False, True])
 def test_gates_are_tested_at_an_equal_step_only_if_the_plain_model_spikes(tmp_path: Path, spiked: bool):
     for rate in equal_step.RATES:
