@@ -129,6 +129,7 @@ def test_update_ratios_are_judged_by_the_largest_over_the_smallest_role(tmp_path
     verdict = update_ratios.report(Evidence(tmp_path))
     assert verdict.status == status
     assert f"Small {small:.2f} ({small:.2f}–{small:.2f}), WeSaR {wesar:.2f}" in verdict.sentences
+    assert "The median role moves 1.00 (1.00–1.00) times as fast under WeSaR" in verdict.sentences
 
 
 LONG = "max_duration=1500ba"
@@ -388,7 +389,7 @@ def test_what_is_published_follows_from_what_is_kept(tmp_path: Path):
         assert (FOLDER / picture).exists() and (tmp_path / picture).stat().st_size > 10_000
     page = (FOLDER.parent / "docs/reproduction.md").read_text(encoding="utf-8")
     quoted = re.findall(r"^> (\([a-h]\) .*)$", page, re.MULTILINE)
-    assert "".join(line[1] for line in quoted) == "abcdefg" + "abcgh" + "h"
+    assert "".join(line[1] for line in quoted) == "abcdefg" + "aabbccgg" + "h" + "h"
     assert all(line in text for line in quoted)
     # Its table of claims and lengths.
     rows = re.findall(r"^\| (\([a-h]\) [\w ]+) \| ([\w ]+) \| ([\w ]+) \| ([\w ]+) \| [\w ]+ \|$", page, re.MULTILINE)
