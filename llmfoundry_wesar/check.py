@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from composer.core import Time, TimeUnit
+from composer.core import TimeUnit
 from llmfoundry.models.mpt import MPTConfig, MPTForCausalLM
 from llmfoundry.registry import callbacks as callback_registry
 from llmfoundry.registry import optimizers, schedulers
@@ -20,7 +20,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from llmfoundry_wesar.callbacks import PowerIteration, UpdateRatioMonitor
-from llmfoundry_wesar.callbacks.interval import IntervalCallback
+from llmfoundry_wesar.callbacks.interval import IntervalCallback, parse_time
 from llmfoundry_wesar.callbacks.power_iteration import check_power_iteration
 from llmfoundry_wesar.hf_model import ComposerWeSaRHFCausalLM, check_hf_keys
 from llmfoundry_wesar.keys import arguments, check_values, did_you_mean, is_number
@@ -118,15 +118,16 @@ def _check_warmup(config: Mapping[str, Any]) -> None:
     name = str(scheduler.get("name"))
     if duration is None or name not in schedulers or not {"t_warmup", "t_max"} <= {*arguments(schedulers.get(name))}:
         return
-    times: dict[str, Any] = {"max_duration": duration, "scheduler.t_max": scheduler.get("t_max", "1dur")}
-    times["scheduler.t_warmup"] = scheduler.get("t_warmup")
-    units = {}
+    times = {
+        "max_duration": duration,
+        "scheduler.t_max": scheduler.get("t_max", "1dur"),
+        "scheduler.t_warmup": scheduler.get("t_warmup"),
+    }
+    units: dict[str, TimeUnit] = {}
     for key, time in times.items():
-        try:
-            unit = Time.from_input(time, TimeUnit.EPOCH).unit
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{key}: {time!r} is not a time such as '100ba', '1ep' or '1e6tok'.") from error
-        unit = units["max_duration"] if unit == TimeUnit.DURATION and units else unit
+        unit = parse_time(time, key, TimeUnit.EPOCH, example="100ba").unit
+        if unit == TimeUnit.DURATION:
+            unit = units.get("max_duration", unit)
         units[key] = TimeUnit.BATCH if unit == TimeUnit.EPOCH else unit  # as the schedulers count epochs
     if units["scheduler.t_warmup"] != units["scheduler.t_max"]:
         end = "scheduler.t_max" if "t_max" in scheduler else "max_duration"

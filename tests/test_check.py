@@ -72,6 +72,7 @@ REFUSED = {
     "model.max_seq_len=15": "model.max_seq_len: 15 is less than max_seq_len: 16; set model.max_seq_len to 16 or more",
     "max_duration=1000tok; scheduler.t_warmup=2ba": "t_warmup: 2ba and max_duration: 1000tok have two units; write",
     "scheduler.t_max=1000tok": "scheduler.t_warmup: .*ba and scheduler.t_max: 1000tok have two units",
+    "max_duration=infba": "max_duration: 'infba' is not a time such as '100ba'",
     "scheduler.t_warmup=soon": "scheduler.t_warmup: 'soon' is not a time such as '100ba'",
     "model.n_layers=0": "model.n_layers: 0 is not a whole number ≥ 1",
     "model.n_layers=true": "model.n_layers: True is not a whole number ≥ 1",

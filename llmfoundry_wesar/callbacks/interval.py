@@ -2,15 +2,31 @@
 
 import math
 import re
+from typing import Any
 
 from composer.core import Callback, State, Time, Timestamp, TimeUnit
 
 
-def _parse(interval: str | Time, key: str, off: str) -> Time:
+def parse_time(time: Any, key: str, unit: TimeUnit | None = None, example: str = "10ba") -> Time:
+    """Read a time of a config.
+
+    Args:
+        time: The value.
+        key: Its key, for the error.
+        unit: The unit of a number without one; None to refuse it.
+        example: A time that would be right, for the error.
+
+    Raises:
+        ValueError: If Composer does not take it as a time.
+    """
     try:
-        time = Time.from_input(interval)
+        return Time.from_input(time, unit)
     except (OverflowError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{key}: {interval!r} is not a time such as '10ba', '1ep' or '1e6tok'.") from error
+        raise ValueError(f"{key}: {time!r} is not a time such as {example!r}, '1ep' or '1e6tok'.") from error
+
+
+def _parse(interval: str | Time, key: str, off: str) -> Time:
+    time = parse_time(interval, key)
     if not 0 < time.value < math.inf:
         raise ValueError(f"{key}: {interval!r} is not a positive time; {off}.")
     return time
