@@ -14,7 +14,7 @@ from llmfoundry.models.layers.norm import RMSNorm
 from omegaconf import OmegaConf
 
 from llmfoundry_wesar.inspection import inspect_config, load_config
-from llmfoundry_wesar.methods import load
+from llmfoundry_wesar.methods import load, names
 from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM
 from tests.distributed import REPOSITORY
 
@@ -52,10 +52,11 @@ def test_table_10(size, d, layers, heads):
 
 @pytest.mark.parametrize("size", ["130m", "1.3b", "13b"])
 def test_tables_3_and_11_are_not_overridden(size):
-    """`test_methods.py` tests the settings themselves. Both settings have the same corpus."""
-    for setting in SCHEDULES:
-        config = load_config(f"yamls/{size}.yaml", [f"variables.setting={setting}"])
+    """`test_methods.py` tests the settings themselves. Both settings of the paper have the same corpus."""
+    configs = {name: load_config(f"yamls/{size}.yaml", [f"variables.setting={name}"]) for name in names("setting")}
+    for setting, config in configs.items():
         assert OmegaConf.merge(config, load("setting", setting)) == config
+    for config in (configs[setting] for setting in SCHEDULES):
         batch = config["global_train_batch_size"] * config["max_seq_len"]
         assert Time.from_timestring(config["max_duration"]) == Time(30_000_000_000 // batch, "ba")
 
