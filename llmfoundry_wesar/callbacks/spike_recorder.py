@@ -147,7 +147,9 @@ class SpikeRecorder(IntervalCallback):
             if not any(step.addends is not None for step in self._since(number - self.window)):
                 log.warning(
                     "spike_recorder: the loss jumps at step %d; none of the %d steps before was measured, so lower %s.",
-                    *(number, self.window, self.key("interval")),
+                    number,
+                    self.window,
+                    self.key("interval"),
                 )
                 return
             self._spike = _Spike(number, _batch(state), self._tokens())
