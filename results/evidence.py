@@ -1,7 +1,7 @@
 """Plan, train, keep and read the runs that the claims are judged by.
 
 runs.csv            a row for each run that has ended, with the columns of `summary`; rows are only ever appended
-curves/RUN.csv.xz   of a finished run the metrics that a claim needs, see KEPT; older files have more
+curves/RUN.csv.xz   of a finished run the metrics that a claim needs, see KEPT
 """
 
 import math
