@@ -31,11 +31,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from composer.core import Time, TimeUnit
+from composer.core import TimeUnit
 from composer.utils.collect_env import get_cpu_model, get_gpu_model
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
+from llmfoundry_wesar.callbacks.interval import parse_time
 from llmfoundry_wesar.inspection import inspect_config, load_config, yaml_line
 from llmfoundry_wesar.methods import load
 from llmfoundry_wesar.runs.leftovers import discard_end, is_complete
@@ -113,10 +114,9 @@ def _for_launcher(override: str) -> str:
 
 def _is_positive(time: Any) -> bool:
     """Return whether the trainer reads a value as a positive time. A number without a unit counts epochs."""
-    try:
-        return Time.from_input(time, TimeUnit.EPOCH).value > 0
-    except (RuntimeError, TypeError, ValueError):
-        return False
+    with suppress(ValueError):
+        return parse_time(time, "", TimeUnit.EPOCH).value > 0
+    return False
 
 
 def _held_out(config: str, expanded: Mapping[str, Any]) -> str:

@@ -136,6 +136,7 @@ def test_commands_are_the_stock_ones(tmp_path, monkeypatch):
         ({"overrides": ["eval_interval=0"]}, "eval_interval: 0 is not a positive time, such as 1dur; compare needs"),
         ({"vary": ["eval_interval=0ba"]}, "eval_interval: 0ba is not"),
         ({"overrides": ["max_duration=soon"]}, "max_duration: soon is not a positive time, such as 200ba"),
+        ({"overrides": ["max_duration=infba"]}, "max_duration: infba is not a positive time"),
         ({"overrides": ["eval_subset_num_batches=0"]}, "with eval_subset_num_batches: 0 there is no held-out loss"),
         ({"overrides": ["only_hf_checkpoint=true"]}, "with only_hf_checkpoint: True there is no held-out loss"),
         ({"overrides": ["callbacks.async_eval={interval: 1ba}"]}, "callbacks.async_eval evaluates in another run"),
