@@ -143,7 +143,7 @@ class SpikeRecorder(IntervalCallback):
         if self._spike is not None:
             if number == self._spike.step + self.after:
                 self._write(state, logger, last=True)
-        elif jumped(self._losses, self.deviations, self.nats) and self._written() < self.most:
+        elif jumped(self._losses, self.deviations, self.nats) and (written := self._written()) < self.most:
             if not any(step.addends is not None for step in self._since(number - self.window)):
                 log.warning(
                     "spike_recorder: the loss jumps at step %d; none of the %d steps before was measured, so lower %s.",
@@ -154,6 +154,8 @@ class SpikeRecorder(IntervalCallback):
                 return
             self._spike = _Spike(number, _batch(state), self._tokens())
             self._write(state, logger, last=self.after == 0)
+            if written == self.most - 1 and dist.get_global_rank() == 0:
+                log.warning("spike_recorder: no later spike is written. To see more, raise %s.", self.key("most"))
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """Write a spike shortly before the end again, with the steps after it."""

@@ -124,11 +124,12 @@ def test_a_loss_that_is_not_finite_is_one_spike_and_said_to_be_nan(tmp_path):
     assert folder.name == "20" and "→ nan\n" in report and "nan at step 20, which is not finite" in report
 
 
-def test_no_more_than_the_most_are_written_and_those_of_earlier_processes_count(tmp_path):
-    """Two jumps, of which one may be written; and none if another process has written one."""
+def test_no_more_than_the_most_are_written_and_those_of_earlier_processes_count(tmp_path, caplog):
+    """Two jumps, of which one may be written, which is said; and one if another process has written one of two."""
     twice = [Inject(Event.AFTER_DATALOADER, step, repeat) for step in (30, 60)]
     record(tmp_path / "a", *twice, most=1)
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["30"]
+    assert caplog.text.count("no later spike is written. To see more, raise callbacks.spike_recorder.most.") == 1
     (tmp_path / "b/12").mkdir(parents=True)
     (tmp_path / "b/12/report.md").touch()
     record(tmp_path / "b", *twice, most=2)
