@@ -38,7 +38,7 @@ def report(evidence: Evidence) -> Verdict:
         lines.append([method, f"{float(row['held_out_loss']):.3f}", row["spikes"], *spread, *growth])
     sentences = (
         "One seed, no verdict. r is the largest ÷ the smallest update ratio of a role; norms and gates are at the end "
-        "÷ at the start."
+        "÷ at the start, mean over blocks."
     )
     if lacking := [method for method in METHODS if method not in found]:
         sentences += f" Not run so far: {', '.join(lacking)}."

@@ -15,7 +15,7 @@ def report(evidence: Evidence) -> Verdict:
     runs = {method: [evidence.curves(row) for row in evidence.find(method, seeds)] for method in MAIN}
     small_norms, wesar_norms = (by_role(runs[method], "weight_norm") for method in MAIN)
     gates = by_role(runs["wesar"], "gate")
-    more, carried, lines = [], [], []
+    more, carried, lines, by_block = [], [], [], []
     picture, axes = panels(2, sharey=True)
     for axis, role in zip(axes, ("W_d", "W_u"), strict=True):
         growth = []
@@ -32,6 +32,10 @@ def report(evidence: Evidence) -> Verdict:
         more.append(interval(small - wesar))
         carried.append(interval(abs(np.log(gate)) - abs(np.log(wesar))))
         lines.append([role, *(str(interval(values)) for values in growth), str(more[-1]), str(carried[-1])])
+        # The mean over blocks hides that the gates of early and late blocks move in opposite directions.
+        _, values = gates[role]
+        ends = values[..., -1] / values[..., 0]
+        by_block.append(f"{role} {ends.min():.2f} to {ends.max():.2f}")
         axis.set_title(f"$W_{role[2]}$")
         axis.set_xlabel("step")
     axes[0].set_ylabel("relative to the start, mean over blocks")
@@ -42,7 +46,8 @@ def report(evidence: Evidence) -> Verdict:
         f"‖W‖ at the end ÷ at the start, mean of {len(seeds)} seeds, 95% interval. Small grows more than WeSaR in "
         f"{sum(bar.low > 0 for bar in more)} of the 2 matrices, less in {sum(bar.high < 0 for bar in more)}; under"
         f" WeSaR the gate carries more of the change than the norm in {sum(bar.low > 0 for bar in carried)}, less in "
-        f"{sum(bar.high < 0 for bar in carried)}.",
+        f"{sum(bar.high < 0 for bar in carried)}. In single blocks and seeds the gates end at these shares of their"
+        f" start: {', '.join(by_block)}.",
         picture,
-        [["matrix", "Small: ‖W‖", "WeSaR: ‖W‖", "WeSaR: α", "Small − WeSaR", "|log α| − |log ‖W‖|"], *lines],
+        [["matrix", "Small: ‖W‖", "WeSaR: ‖W‖", "α, block mean", "Small − WeSaR", "|log α| − |log ‖W‖|"], *lines],
     )

@@ -30,7 +30,10 @@ def report(evidence: Evidence) -> Verdict:
     if len(runs) < 2:
         raise Lacking(counted)
     if (seen := len(changes["update_ratio"])) < 2:
-        raise Lacking(f"{counted}. The kept curves have W_d within {STEPS} steps before and after it in {seen} of them")
+        raise Lacking(
+            f"{counted}. The two sides cannot be compared, because the kept curves have values of W_d both in the"
+            f" {STEPS} steps before the spike and in the {STEPS} after it in {seen} of them"
+        )
     ratio, norm = (interval(np.array(found)) for found in changes.values())
     bar, close = np.log(0.8), np.log(1.25)
     return Verdict(
