@@ -28,7 +28,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from llmfoundry_wesar.data.corpus import HUB, Corpus, batches, find_files, open_hub, progress_bar, say, splits
 
-__all__ = ["adds_eos", "encode", "prepare"]
+__all__ = ["adds_eos", "check_prepared", "encode", "prepare"]
 
 EOS = "<|endoftext|>"
 DEFAULT_VOCAB_SIZE = 32_000
@@ -147,6 +147,40 @@ def prepare(
         if new and not any(out.iterdir()):
             out.rmdir()
     return {split: _sequences(out / split) for split in parts}
+
+
+def check_prepared(folder: Path, max_seq_len: int, tokenizer: str) -> None:
+    """Check that what `prepare` wrote fits a training config. A folder without a manifest is not checked.
+
+    Longer sequences than `max_seq_len` are no error: the loader cuts them.
+
+    Args:
+        folder: `dataset.local`.
+        max_seq_len: `dataset.max_seq_len`.
+        tokenizer: `tokenizer.name`. If it is no folder, its vocabulary is not compared.
+
+    Raises:
+        ValueError: The sequences are shorter than `max_seq_len`, so that a batch would have fewer tokens than the
+            config says; or they were made with another vocabulary.
+    """
+    if not (folder / MANIFEST).is_file():
+        return
+    length = json.loads((folder / MANIFEST).read_text())["arguments"]["sequence_length"]
+    if length < max_seq_len:
+        raise ValueError(
+            f"{folder} has sequences of {length} tokens, but max_seq_len is {max_seq_len}; prepare the text again, in "
+            f"another folder, with --sequence-length {max_seq_len}, or set max_seq_len: {length}"
+        )
+    ours, theirs = (Path(path, "tokenizer.json") for path in (folder / "tokenizer", tokenizer))
+    if theirs.is_file() and ours.is_file() and _vocabulary(ours) != _vocabulary(theirs):
+        raise ValueError(
+            f"{folder} was prepared with another tokenizer than {tokenizer}; prepare it again, in another folder, with "
+            f"--tokenizer {tokenizer}"
+        )
+
+
+def _vocabulary(tokenizer: Path) -> Any:
+    return json.loads(tokenizer.read_bytes())["model"]["vocab"]
 
 
 def _check_ranges(

@@ -56,16 +56,28 @@ def _check_stock_model(config: dict[str, Any]) -> None:
 
 
 def _check_data(config: dict[str, Any]) -> None:
-    """Refuse a loader whose local folder is missing. Streaming would fail later, without naming the key."""
+    """Refuse a loader whose local folder is missing, or was prepared for another length or tokenizer.
+
+    Streaming would fail later, without naming the key; the other two would not be noticed.
+    """
+    from llmfoundry_wesar.data.shards import check_prepared  # slow, and only these configs need it
+
     # Foundry moves an `eval_loader` that is a list to `eval_loaders`, before it calls its config transforms.
     for key in ("train_loader", "eval_loader", "eval_loaders"):
         loaders = config.get(key) or {}
         for loader in loaders if isinstance(loaders, list) else [loaders]:
             dataset = loader.get("dataset") or {}
             local, split = dataset.get("local"), dataset.get("split") or ""
-            if local is None or dataset.get("remote") or Path(local, split, "index.json").is_file():
+            if local is None or dataset.get("remote"):
                 continue
             name = " ".join(filter(None, [key.removesuffix("s"), loader.get("label")]))
+            if Path(local, split, "index.json").is_file():
+                tokenizer = str((config.get("tokenizer") or {}).get("name"))
+                try:
+                    check_prepared(Path(local), dataset.get("max_seq_len") or 0, tokenizer)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}.") from error
+                continue
             variables = [f"variables.{variable}" for variable, value in config["variables"].items() if value == local]
             raise ValueError(
                 f"{name}: there is no data in {Path(local, split)}; prepare it with `llmfoundry-wesar data {local} "

@@ -24,6 +24,7 @@ from llmfoundry_wesar.cli import app
 from llmfoundry_wesar.data import corpus as corpus_module
 from llmfoundry_wesar.data import shards as data_module
 from llmfoundry_wesar.data.shards import EOS, prepare
+from llmfoundry_wesar.inspection import load_config
 
 WORDS = ["the", "matrix", "W", "is", "αW", "and", "漢字", "stays", "whole.\n\t", "def", "f(x):", "return", "x"]
 LENGTH = 32
@@ -401,6 +402,33 @@ def test_stdlib_gives_the_same_bytes_twice_and_through_the_command(tmp_path, mon
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
     tokens, tokenizer = load(tmp_path / "one", "train")
     assert tokenizer.decode(tokens.reshape(-1)).count("\n    def ") > 20
+
+
+def test_training_refuses_text_of_another_length_or_tokenizer(tmp_path, source):
+    """Shorter sequences than `max_seq_len` are refused, longer ones are cut; the tokenizers' vocabularies are equal."""
+    prepare(tmp_path / "one", [source], **OPTIONS)
+    prepare(tmp_path / "two", [source], **OPTIONS | {"vocab_size": 290})
+    data = {name: f"variables.data={tmp_path / name}" for name in ("one", "two")}
+    for length in (LENGTH, LENGTH // 2):
+        load_config("yamls/quickstart.yaml", [data["one"], f"max_seq_len={length}"], check_data=True)
+    message = (
+        rf"train_loader: .*one has sequences of {LENGTH} tokens, but max_seq_len is {LENGTH + 1}; .*--sequence-len"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_config("yamls/quickstart.yaml", [data["one"], f"max_seq_len={LENGTH + 1}"], check_data=True)
+    mixed = [data["one"], f"max_seq_len={LENGTH}", f"eval_loader.dataset.local={tmp_path / 'two'}"]
+    with pytest.raises(
+        ValueError, match=r"eval_loader: .*two was prepared with another tokenizer than .*one/tokenizer;"
+    ):
+        load_config("yamls/quickstart.yaml", mixed, check_data=True)
+    # The same vocabulary in other words is no error: transformers rewrites a tokenizer.json that it saves.
+    prepare(
+        tmp_path / "again", [source], **OPTIONS | {"vocab_size": None, "tokenizer": str(tmp_path / "one/tokenizer")}
+    )
+    rewritten = tmp_path / "again/tokenizer/tokenizer.json"
+    rewritten.write_text(json.dumps(json.loads(rewritten.read_text())))
+    mixed[-1] = f"eval_loader.dataset.local={tmp_path / 'again'}"
+    load_config("yamls/quickstart.yaml", mixed, check_data=True)
 
 
 def test_command_prints_one_line_for_an_error(tmp_path):
