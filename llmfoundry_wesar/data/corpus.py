@@ -23,6 +23,7 @@ __all__ = ["HUB", "Corpus", "Document", "batches", "find_files", "open_hub", "pr
 SHUFFLE_BYTES = 128_000_000  # size of the shuffle buffer
 BATCH_BYTES = 4_000_000  # documents encoded in one call, which uses all cores
 
+LOG_SECONDS = 60  # between two lines of progress if stderr is not a terminal
 HUB = "hf:NAME[:CONFIG][@SPLIT]"
 HUB_NAME = re.compile(r"hf:(?P<name>[^:@]+)(:(?P<config>[^:@]+))?(@(?P<split>\w+(\.\w+)*))?")
 # Not read: tests (unusual text), `encodings` (tables of hexadecimal numbers) and installed packages.
@@ -160,8 +161,9 @@ def say(text: str) -> None:
 
 
 def progress_bar(what: str, total: int | None, unit: str) -> tqdm:
-    """Make a progress bar that is shown only if stderr is a terminal."""
-    return tqdm(desc=what, total=total, unit=unit, unit_scale=True, disable=None)
+    """Make a progress bar. If stderr is not a terminal, it is printed after a minute, and then once a minute."""
+    times = {} if sys.stderr.isatty() else dict.fromkeys(("delay", "mininterval", "maxinterval"), LOG_SECONDS)
+    return tqdm(desc=what, total=total, unit=unit, unit_scale=True, **times)
 
 
 def find_files(source: str) -> dict[str, Path]:

@@ -90,7 +90,8 @@ def prepare(
 
     Raises:
         ValueError: An argument is out of range or differs from the earlier run's, a source has no readable text, the
-            tokenizer has no EOS, the text is too short for the vocabulary, or a split cannot fill a sequence.
+            tokenizer has no EOS, the text is too short for the vocabulary, a split cannot fill a sequence, or the disk
+            has too little space.
         FileNotFoundError: A source does not exist.
         FileExistsError: `out` contains something else.
     """
@@ -117,6 +118,7 @@ def prepare(
     corpus = Corpus(list(files.values()), rows, text_key, seed, shuffle, val_fraction)
     manifest = manifest or {"arguments": arguments, "bytes": corpus.check(sequence_length)}
     sizes = {} if hub else manifest["bytes"]  # unknown for a stream
+    _check_space(out, max_tokens, val_fraction, sizes)
     partial = out / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
     new = not out.exists()
@@ -203,6 +205,19 @@ def _check_ranges(
         raise ValueError("val_fraction: 1 leaves no text to train a tokenizer on; give the model's tokenizer")
     if val_fraction == 1 and max_tokens is not None:
         raise ValueError(f"max_tokens: {max_tokens} limits the train split, but val_fraction: 1 writes none; drop it")
+
+
+def _check_space(out: Path, max_tokens: int | None, val_fraction: float, sizes: dict[str, int]) -> None:
+    """Refuse a disk that would be full after hours. A token takes 4 bytes, about as many as its text."""
+    limits = [sum(sizes.values())] if sizes else []
+    limits += [] if max_tokens is None else [4 * max_tokens / (1 - val_fraction)]
+    folder = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    if limits and min(limits) > free:
+        raise ValueError(
+            f"{out}: the tokens need about {min(limits) / 1e9:.3g} GB, but {free / 1e9:.3g} GB are free; give a "
+            "folder on another disk, or a smaller max_tokens"
+        )
 
 
 def _earlier_run(out: Path, arguments: dict[str, Any]) -> dict[str, Any] | None:

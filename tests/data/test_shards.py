@@ -5,6 +5,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -376,16 +377,28 @@ def test_split_with_fewer_tokens_than_a_sequence_is_not_written(tmp_path, source
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"manifest.json", "tokenizer"}
 
 
-def test_progress_is_shown_on_a_terminal_only(tmp_path, source, monkeypatch):
+def test_progress_is_shown_on_a_terminal_and_in_the_log_of_a_long_run(tmp_path, source, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
-    for kind, expected in ((Terminal, True), (io.StringIO, False)):
+    for kind, seconds, expected in ((Terminal, 60, True), (io.StringIO, 60, False), (io.StringIO, 0, True)):
         monkeypatch.setattr(sys, "stderr", kind())
-        prepare(tmp_path / kind.__name__, [source], **OPTIONS)
+        monkeypatch.setattr(corpus_module, "LOG_SECONDS", seconds)
+        prepare(tmp_path / f"{kind.__name__}-{seconds}", [source], **OPTIONS)
         shown = sys.stderr.getvalue()
         assert [f"{bar}: 100%" in shown for bar in ("checking files", "tokenizer", "shards")] == [expected] * 3
+
+
+def test_a_disk_that_is_too_small_is_refused_first(tmp_path, source, monkeypatch):
+    """4 bytes a token: 30B tokens and a split of 20% beside them need 150 GB, unless the source has less text."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 0, 10))
+    size = sum(len(text.encode()) for text in TEXTS)
+    with pytest.raises(ValueError, match=f"out: the tokens need about {size / 1e9:.3g} GB, but 1e-08 GB are free"):
+        prepare(tmp_path / "out", [source], **OPTIONS | {"max_tokens": 30 * 10**9})
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="need about 150 GB"):
+        data_module._check_space(tmp_path / "out/in", 30 * 10**9, 0.2, {})
 
 
 def test_stdlib_gives_the_same_bytes_twice_and_through_the_command(tmp_path, monkeypatch):
