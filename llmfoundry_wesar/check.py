@@ -91,11 +91,17 @@ def check_config(config: Mapping[str, Any], model: nn.Module) -> WeSaRAdamW | No
 
     Raises:
         ValueError: If the sequences are too long for the model, the warm-up and the training have two units, a
-            callback of ours has a wrong key or value or does nothing, or the optimizer has one.
+            callback of ours has a wrong key or value or does nothing, the optimizer has one, or `kill_loss_spike` meets
+            a z-loss.
     """
     _check_lengths(config)
     _check_warmup(config)
     _check_callbacks(config.get("callbacks"), model)
+    if "kill_loss_spike" in (config.get("callbacks") or {}) and config["model"].get("z_loss"):
+        raise ValueError(
+            "callbacks.kill_loss_spike: foundry's callback fails in the first step if the loss has several terms; "
+            "remove it, or set model.z_loss: 0. nan_monitor stops a run whose loss is NaN."
+        )
     return _check_optimizer(config.get("optimizer"), model)
 
 

@@ -59,6 +59,7 @@ REFUSED = {
     "optimizer.param_groups=[{param_str_match: norm, weight_dekay: 0}]": "groups.0.weight_dekay: 0 .*weight_decay",
     "optimizer.disable_grad=foo": "optimizer.disable_grad: 'foo' fits no parameter",
     "optimizer.lrr=1": "optimizer.lrr: 1 is not an option of adamw; did you mean lr",
+    "callbacks.kill_loss_spike={}": "callbacks.kill_loss_spike: .* set model.z_loss: 0",
     "callbacks.gate_monitor.intervall=1ba": "callbacks.gate_monitor.intervall: '1ba' is .*did you mean interval",
     # Values that would fail late or in cryptic words.
     "model.d_model=30; model.n_heads=2": "model.n_heads: 2 gives heads of width 15, but attn_config.rope: true",
@@ -115,6 +116,7 @@ def test_the_trainer_and_inspect_refuse_it_in_the_same_words(overrides, dataset)
         "model.master_weights_dtype=bf16",
         "variables.methods=mine",
         "callbacks=null",
+        "callbacks.kill_loss_spike={}; model.z_loss=0",
         "max_duration=1ep; scheduler.t_warmup=1ba; scheduler.t_max=0.5dur",
         "max_duration=256tok; scheduler.t_warmup=0.5dur",
     ],
