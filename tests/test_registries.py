@@ -41,12 +41,12 @@ def test_every_registered_name_builds(kind, name):
     assert build()
 
 
-def test_the_list_is_the_one_in_the_readme():
+def test_the_list_is_the_one_in_the_docs():
     """The table has all registered names and no others.
 
     `;` separates registries, and `:` or `=` precedes an explanation.
     """
-    table = Path("README.md").read_text().partition("## What is registered")[2].partition("\n## ")[0]
+    table = Path("docs/tools.md").read_text().partition("## What is registered")[2].partition("\n## ")[0]
     rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| `")]
     listed = []
     for kinds, names in rows:
