@@ -46,10 +46,15 @@ def inspect(
     overrides: Annotated[list[str] | None, Argument(help="key=value, as for the trainer.")] = None,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
     gpus: Annotated[
-        int | None, Option(min=1, help="Number of GPUs. Also estimate the memory that training needs on each.")
+        int | None,
+        Option(min=1, help="Number of GPUs. Also estimate the memory that training needs on each; only for MPT."),
     ] = None,
 ) -> None:
-    """Show the initial scale of each matrix and the number of parameters, without allocating the model."""
+    """Show the initial scale of each matrix and the number of parameters, without allocating the model.
+
+    σ_• is the scale in the forward pass, σ that of the stored weight, gate their quotient, and lr/σ the update ratio of
+    a first Adam step at the full learning rate.
+    """
     with one_line_errors(), _few_remarks():
         from llmfoundry_wesar.inspection import inspect_config, load_config
         from llmfoundry_wesar.memory import estimate

@@ -71,7 +71,7 @@ class Inspection:
         return asdict(self)
 
     def __str__(self) -> str:
-        head = ("role", "shape", "count", "layer", "σ_•", "σ", "gate", "Δ/W, step 1")
+        head = ("role", "shape", "count", "layer", "σ_•", "σ", "gate", "lr/σ")
         rows = []
         for m in self.matrices:
             numbers = ["–" if x is None else f"{x:.4g}" for x in (m.virtual_std, m.std, m.gate, m.update_ratio)]
