@@ -361,6 +361,21 @@ def to_hf(
     return llama
 
 
+def _without_score_matrix(attention: dict[str, Any]) -> dict[str, Any]:
+    """Replace foundry's `torch` attention by `sdpa_attention`, which computes the same. Keep any other attention.
+
+    In training foundry's classes would store the S×S matrix of scores.
+    """
+    kv_heads = {
+        "multihead_attention": None,  # as many as query heads
+        "grouped_query_attention": attention.get("kv_n_heads"),
+        "multiquery_attention": 1,
+    }
+    if attention["attn_impl"] != "torch" or attention["attn_type"] not in kv_heads:
+        return attention
+    return {**attention, "attn_type": "sdpa_attention", "kv_n_heads": kv_heads[attention["attn_type"]]}
+
+
 @torch.no_grad()
 def to_gated(model: WeSaRMPTForCausalLM, method: str) -> WeSaRMPTForCausalLM:
     r"""Make a model with the layers of a method and the same function, to continue training with the method.
@@ -368,6 +383,7 @@ def to_gated(model: WeSaRMPTForCausalLM, method: str) -> WeSaRMPTForCausalLM:
     A virtual weight :math:`\bar W` of n entries becomes :math:`\alpha W` with
     :math:`\alpha = \lVert\bar W\rVert/(\sigma\sqrt n)`, where σ is the method's. So every actual weight has the root
     mean square :math:`\lVert W\rVert/\sqrt n = \sigma`, and all update ratios are alike, as in training from scratch.
+    Foundry's `torch` attention becomes `sdpa_attention`.
 
     Args:
         model: A plain model, or a model of another method.
@@ -382,7 +398,7 @@ def to_gated(model: WeSaRMPTForCausalLM, method: str) -> WeSaRMPTForCausalLM:
     plain = merge(model)
     tree = plain.config.to_dict()
     tree |= {
-        "attn_config": {**tree["attn_config"], "fused_qkv": False},
+        "attn_config": {**_without_score_matrix(tree["attn_config"]), "fused_qkv": False},
         "tie_word_embeddings": False,
         "init_device": "meta",
         **options,

@@ -1,17 +1,21 @@
 """Convert models to models: the same function in the layers of another architecture."""
 
+import catalogue
 import pytest
 import torch
+from llmfoundry.layers_registry import attention_classes
 from llmfoundry.models.mpt.modeling_mpt import MPTForCausalLM
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
+from llmfoundry_wesar.attention import SDPAttention
 from llmfoundry_wesar.export.arcee import ArceeForCausalLM
 from llmfoundry_wesar.export.conversion import build_mpt, from_llama, hf_config, merge, to_gated, to_hf
-from llmfoundry_wesar.export.files import load
+from llmfoundry_wesar.export.files import load, model_section
 from llmfoundry_wesar.layers import Reparameterized, ScaledEmbedding
 from llmfoundry_wesar.methods import names
 from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM
-from tests.tiny import build, model_config
+from tests.recorder import Recorder
+from tests.tiny import batch, build, model_config
 from tests.trained import EXPRESSIBLE, INEXPRESSIBLE, assert_same_logits, logits
 
 # Merging rounds every entry of every matrix to float32, 6e-8 relative, and kernels may add in another order: 3e-7 was
@@ -50,6 +54,52 @@ def test_every_method_can_start_from_any_model(case, method, trained):
         if isinstance(module, Reparameterized):
             rms = module.weight.square().mean().sqrt().item()
             assert rms == pytest.approx(gated.config.init_config["sigma"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "attention, features",
+    [
+        ({"attn_type": "multihead_attention"}, {"softmax_scale": 0.4}),
+        ({"attn_type": "multihead_attention"}, {"clip_qkv": 0.1, "qk_ln": True}),
+        ({"attn_type": "multihead_attention"}, {"rope": False, "alibi": True}),
+        ({"attn_type": "grouped_query_attention", "kv_n_heads": 2}, {"sliding_window_size": 3}),
+        ({"attn_type": "multiquery_attention"}, {"fused_qkv": True, "attn_logit_softcapping": 0.5}),
+        ({"attn_type": "sdpa_attention"}, {}),
+    ],
+)
+def test_a_gated_model_needs_no_matrix_of_scores(attention, features):
+    """Every attention of foundry becomes ours, with the same function.
+
+    The matrix of scores is the largest tensor of the plain model. In the gated model it exists only if no kernel has
+    the feature.
+    """
+    length = 512
+    torch.manual_seed(0)
+    config = WeSaRMPTConfig(**model_config("small_init", attn_config=attention | features, max_seq_len=length))
+    model = WeSaRMPTForCausalLM(config)
+    plain, gated = merge(model), to_gated(model, "wesar")
+    assert gated.config.attn_config["attn_type"] == "sdpa_attention"
+    assert model_section(gated.config)["attn_config"]["attn_type"] == "sdpa_attention"
+    ids = batch(1, length)["input_ids"]
+    largest = {}
+    for name, model in (("plain", plain), ("gated", gated)):
+        with Recorder() as recorder:
+            model(ids)
+        largest[name] = recorder.largest[torch.float32]
+    assert largest["plain"] == 4 * length**2
+    kernel = not features.keys() & {"alibi", "sliding_window_size", "attn_logit_softcapping"}
+    assert largest["gated"] < length**2 if kernel else largest["gated"] == largest["plain"]
+    assert_same_logits(logits(gated, ids), logits(plain, ids), FLOAT32)
+
+
+@pytest.mark.parametrize("key, value", [("attn_impl", "flash"), ("attn_type", "another")])
+def test_an_attention_that_ours_may_not_equal_is_kept(key, value, monkeypatch):
+    """`sdpa_attention` refuses `attn_impl: flash`, and the class of another package may compute something else."""
+    monkeypatch.setitem(catalogue.REGISTRY, (*attention_classes.namespace, "another"), SDPAttention)
+    grouped = {"attn_type": "grouped_query_attention", "kv_n_heads": 4}
+    model = WeSaRMPTForCausalLM(WeSaRMPTConfig(**model_config("small_init", attn_config=grouped)))
+    model.config.attn_config[key] = value
+    assert to_gated(model, "wesar").config.attn_config == model.config.attn_config
 
 
 def test_there_and_back_again_is_exact_to_float32_rounding(trained):
