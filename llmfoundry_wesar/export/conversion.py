@@ -162,11 +162,30 @@ def build_mpt(config: MPTConfig, weights: Weights) -> MPTForCausalLM:
     return model
 
 
+def _without_tied_copy(weights: Weights) -> Weights:
+    """Leave out W_p if W_e is tied to it. A Composer checkpoint has the one matrix under both names.
+
+    Raises:
+        ValueError: The two differ, so that it is unknown which function was trained.
+    """
+    rest = dict(weights)
+    w_p, w_e = rest.pop("lm_head.weight", None), rest.get("model.embed_tokens.weight")
+    if w_p is None or w_e is None:
+        return weights
+    # NaN equals NaN here, because both names of a run that has diverged have it. The callers report that.
+    if w_p.shape != w_e.shape or not torch.allclose(w_p.float(), w_e.float(), rtol=0, atol=0, equal_nan=True):
+        raise ValueError(
+            "tie_word_embeddings: true, but lm_head.weight differs from model.embed_tokens.weight; set "
+            "tie_word_embeddings: false if the model was trained with both."
+        )
+    return rest
+
+
 def from_llama(llama: dict[str, Any], weights: Weights) -> tuple[dict[str, Any], Weights]:
     """Turn config and weights of an Arcee or Llama model into those of an MPT.
 
     Raises:
-        ValueError: MPT cannot express the model; the message names the key.
+        ValueError: MPT cannot express the model, or the weights contradict the config; the message names the key.
     """
     config = LlamaConfig.from_dict({**llama, "rope_scaling": None})
     # transformers ≥ 5 writes `rope_parameters`, earlier versions write `rope_theta` and `rope_scaling`.
@@ -214,6 +233,8 @@ def from_llama(llama: dict[str, Any], weights: Weights) -> tuple[dict[str, Any],
     }
     # Constants that follow from the config; transformers ≤ 4.31 saved them.
     weights = {name: weight for name, weight in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings:
+        weights = _without_tied_copy(weights)
     return mpt, _rename(weights, {llama: mpt for mpt, llama in _module_names(config.num_hidden_layers).items()})
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from llmfoundry.layers_registry import attention_classes
 from llmfoundry.models.mpt.modeling_mpt import MPTForCausalLM
+from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from llmfoundry_wesar.attention import SDPAttention
@@ -123,6 +124,22 @@ def test_llama_becomes_the_mpt_that_it_was_made_from(trained):
         config, weights = from_llama(llama.config.to_dict(), llama.state_dict() | constants)
         again = build_mpt(WeSaRMPTConfig.from_dict(config), weights)
         assert_same_logits(logits(again, trained[case].ids), trained[case].logits, FLOAT32)
+
+
+def test_tied_embeddings_have_two_names_but_one_value():
+    """The state of a tied Llama has the matrix twice. After divergence it has NaN. Two values are refused."""
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(LlamaConfig(97, 32, 64, 2, 4, tie_word_embeddings=True))
+    weights, ids = llama.state_dict(), batch()["input_ids"]
+    config, renamed = from_llama(llama.config.to_dict(), weights)
+    again = build_mpt(WeSaRMPTConfig(**config), renamed)
+    assert again.lm_head is None
+    assert_same_logits(logits(again, ids), logits(llama, ids), FLOAT32)
+    weights["model.embed_tokens.weight"][5] = float("nan")
+    from_llama(llama.config.to_dict(), weights)
+    weights["lm_head.weight"] = torch.zeros(97, 32)
+    with pytest.raises(ValueError, match=r"tie_word_embeddings: true, but lm_head\.weight differs from"):
+        from_llama(llama.config.to_dict(), weights)
 
 
 def test_rope_is_read_as_transformers_5_writes_it(trained):

@@ -10,17 +10,20 @@ import gguf
 import pytest
 import torch
 import torch.nn.functional as F
+from llmfoundry.command_utils import train_from_yaml
 from llmfoundry.models.mpt.modeling_mpt import ComposerMPTCausalLM
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from llmfoundry_wesar.cli import app
 from llmfoundry_wesar.export.checkpoints import find_checkpoint
 from llmfoundry_wesar.export.conversion import to_hf
 from llmfoundry_wesar.export.files import export, load, reparameterize
-from tests.trained import EXPRESSIBLE, INEXPRESSIBLE, LENGTH, TEXT, assert_same_logits, logits, train
+from tests.test_hf_model import LLAMA_YAML
+from tests.trained import EXPRESSIBLE, INEXPRESSIBLE, LENGTH, TEXT, assert_same_logits, logits, text_ids, train
 from tests.transformers5 import fine_tune_in_transformers5, load_in_transformers5
 
 FLOAT32 = 1e-5  # same reason as in test_conversion
@@ -163,6 +166,26 @@ def test_every_way_round_ends_at_the_same_function(trained, exported, tmp_path):
         model, tokenizer = load(tmp_path / f"{name}_again")
         assert_same_logits(logits(model, trained["weight_norm"].ids), trained["weight_norm"].logits, FLOAT32)
         assert tokenizer is not None
+
+
+def test_a_llama_with_tied_embeddings_goes_every_way(text_data, tmp_path):
+    """Composer saves the one matrix under two names, `save_pretrained` under one. Each file has its function."""
+    overrides = ["model.config_overrides.vocab_size=300", "model.config_overrides.tie_word_embeddings=true"]
+    overrides += ["model.init_config.emb_init_std=null", f"save_folder={tmp_path / 'run'}", "save_interval=1dur"]
+    overrides += ["loggers=null", "callbacks=null", "python_log_level=error", "optimizer.lr=1e-2"]
+    overrides += [f"max_seq_len={LENGTH}", f"variables.data={text_data}"]
+    trainer = train_from_yaml("yamls/llama-160m.yaml", [*LLAMA_YAML, *overrides])
+    trainer.close()
+    llama = trainer.state.model.model
+    assert isinstance(llama, LlamaForCausalLM) and llama.lm_head.weight is llama.model.embed_tokens.weight
+    ids = text_ids(load(tmp_path / "run")[1])
+    expected = logits(llama, ids)
+    llama.save_pretrained(tmp_path / "folder")
+    for format in ("hf", "gguf", "mpt"):
+        export(tmp_path / "run", tmp_path / format, format)
+    reparameterize(tmp_path / "run", tmp_path / "gated.pt")
+    for path in ("run", "folder", "hf", "mpt", "gated.pt"):
+        assert_same_logits(logits(load(tmp_path / path)[0], ids), expected, FLOAT32)
 
 
 def _run(*arguments: str | Path) -> str:
