@@ -12,6 +12,7 @@ from llmfoundry_wesar.layers import (
     EMBEDDINGS,
     GatedEmbedding,
     GatedLinear,
+    ScaledEmbedding,
     SigmaReparamEmbedding,
     SigmaReparamLinear,
     WeightNormEmbedding,
@@ -85,6 +86,13 @@ def test_embedding_computes_with_its_virtual_weight(kind):
             strict=True,
         ):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [ScaledEmbedding, GatedEmbedding])
+def test_the_padding_token_gets_no_gradient(make):
+    layer = make(11, 5, padding_idx=3)
+    layer(torch.tensor([3, 1])).sum().backward()
+    assert layer.weight.grad.any(dim=1).nonzero().tolist() == [[1]]
 
 
 @pytest.mark.parametrize("kind", LINEAR)
