@@ -206,6 +206,12 @@ def test_z_loss_is_that_of_our_cross_entropy(tmp_path):
     ):
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=0)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):  # the logits are bfloat16, the z-loss is computed in float32
+        outputs = model(batch)
+        z_loss = model.loss(outputs, batch)["z_loss"]
+    assert outputs["logits"].dtype == torch.bfloat16
+    expected = cross_entropy(outputs["logits"][:, :-1].float(), batch["labels"][:, 1:], 0.1)
+    torch.testing.assert_close(z_loss, expected.z_loss, rtol=1e-5, atol=0)
 
 
 LLAMA_YAML = [
