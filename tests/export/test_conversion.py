@@ -193,6 +193,12 @@ def test_the_name_of_a_norm_may_have_capitals():
         ("attn_config.qk_gn", {"attn_config": {"qk_gn": True}}),
         ("attn_config.attn_logit_softcapping", {"attn_config": {"attn_logit_softcapping": 30.0}}),
         ("attn_config.sliding_window_size", {"attn_config": {"sliding_window_size": 8}}),
+        (
+            "attn_config.attn_temperature_tuning.attn_scale",
+            {"attn_config": {"attn_temperature_tuning": {"attn_scale": 0.1, "floor_scale": 8}}},
+        ),
+        ("attn_config.kv_dim", {"attn_config": {"kv_dim": 32}}),
+        ("block_overrides", {"block_overrides": {"order": [{"name": "default", "repeat": 2}], "overrides": {}}}),
         ("final_logit_softcapping", {"final_logit_softcapping": 30.0}),
         ("attention_bias", {"attention_bias": True}),
         ("ffn_config.ffn_act_fn", {"ffn_config": {"ffn_act_fn": {"name": "selu"}}}),
