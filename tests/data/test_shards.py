@@ -18,6 +18,7 @@ from llmfoundry.data.data import ConcatTokensDataset
 from llmfoundry.data.dataloader import build_dataloader
 from llmfoundry.utils.builders import build_tokenizer
 from tokenizers import processors
+from tokenizers.implementations import ByteLevelBPETokenizer
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -126,6 +127,22 @@ def test_a_set_to_evaluate_on_has_every_document_in_val(tmp_path, source):
     assert tree(tmp_path / "out/val") == tree(tmp_path / "train/train")
     assert load(tmp_path / "out", "val")[1].get_vocab() == load(tmp_path / "train", "train")[1].get_vocab()
     assert prepare(tmp_path / "out", [source], shuffle=False, val_fraction=1, **given) == counts
+
+
+def test_the_tokenizer_is_trained_on_the_first_part_of_train(tmp_path, source, monkeypatch):
+    """No document of val is used, nor any after the one at which TOKENIZER_BYTES are reached."""
+    read = []
+    train = ByteLevelBPETokenizer.train_from_iterator
+
+    def spy(self, texts, *args, **options):
+        read.extend(texts)
+        train(self, read, *args, **options)
+
+    monkeypatch.setattr(ByteLevelBPETokenizer, "train_from_iterator", spy)
+    monkeypatch.setattr(data_module, "TOKENIZER_BYTES", 5_000)
+    prepare(tmp_path / "out", [source], shuffle=False, **OPTIONS)
+    assert read == documents(tmp_path / "out", "train")[0][: len(read)]
+    assert sum(len(text.encode()) for text in read[:-1]) < 5_000 <= sum(len(text.encode()) for text in read)
 
 
 def test_max_tokens_is_exact_and_val_comes_on_top(tmp_path, source, small_bounds):
