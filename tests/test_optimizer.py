@@ -346,6 +346,25 @@ def test_runs_that_cannot_train_with_it_are_refused(method, options, message):
         train(model, WeSaRAdamW(model.parameters(), max_norm=1.0), OptimizerGates(), **options)
 
 
+def test_a_run_of_another_optimizer_is_not_resumed(tmp_path):
+    model = training.regression(training.PlainNet)
+    training.train(model, torch.optim.AdamW(model.parameters()), [], save_folder=str(tmp_path))
+    resumed = {"load_path": str(tmp_path / "ep1-ba4-rank0.pt"), "max_duration": "2ep"}
+    with pytest.raises(ValueError, match=r"the checkpoint has 4 steps of another optimizer .*load_weights_only: true"):
+        training.train(model, WeSaRAdamW(model.parameters()), [OptimizerGates()], **resumed)
+
+
+@pytest.mark.filterwarnings("error:wesar_adamw")
+@pytest.mark.parametrize(("interval", "steps"), [("2ba", 2), ("100ba", 4)])
+def test_a_warning_names_held_gates_at_the_interval_or_at_the_end(interval, steps):
+    """A learning rate of 100 takes all gates to their lower bounds. As an error, the warning ends the run."""
+    model = training.regression(training.PlainNet)
+    optimizer = WeSaRAdamW(model.parameters(), lr=100.0, sigma=0.1)
+    with pytest.raises(UserWarning, match=r"gates of .*net\.row.* were held at 1% .* lower optimizer.lr"):
+        training.train(model, optimizer, [OptimizerGates(interval)])
+    assert optimizer.state[model.net.row.weight]["step"] == steps
+
+
 def _step_by_fsdp1(model: nn.Module, optimizer: WeSaRAdamW, steps: range) -> None:
     for step in steps:
         ids = torch.arange(step, step + 8) % training.VOCABULARY
