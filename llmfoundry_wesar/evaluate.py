@@ -33,6 +33,7 @@ from llmfoundry_wesar.model import WeSaRMPTForCausalLM
 
 SHOTS = 3  # paper, section 5.4
 _FEWSHOT_SEED = 1234  # the default of lm-evaluation-harness
+_CHUNK = 256  # positions; with 128,256 tokens in the vocabulary a chunk in float32 has 131 MB
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,18 @@ def _columns(rows: list[list[str]]) -> list[str]:
     ]
 
 
+def _summed_loss(logits: Tensor, ids: Tensor) -> float:
+    """Sum the cross-entropy of all tokens but the first of each window: logits (B, S, V), ids (B, S).
+
+    Only one chunk of positions is copied at a time. With a large vocabulary all logits can fill half of a GPU's memory.
+    """
+    loss = 0.0
+    for scores, window in zip(logits, ids, strict=True):
+        for chunk, targets in zip(scores[:-1].split(_CHUNK), window[1:].split(_CHUNK), strict=True):
+            loss += F.cross_entropy(chunk.float(), targets, reduction="sum").item()
+    return loss
+
+
 @torch.no_grad()
 def token_perplexity(
     model: nn.Module,
@@ -180,8 +193,8 @@ def token_perplexity(
     for batch in batches:
         if batch.size(0) > 0 and batch.size(1) > 1:
             batch = batch.to(device)
-            logits = model(batch).logits[:, :-1].float()
-            loss += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+            # No variable holds these logits while the model computes those of the next batch.
+            loss += _summed_loss(model(batch).logits, batch)
             count += batch[:, 1:].numel()
     return math.exp(loss / count)
 
@@ -317,14 +330,16 @@ def evaluate(
     selected: Any = manager.load(list(harness_tasks.values()))
     for task in harness_tasks.values():
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
-    results: Any = score(lm, selected, limit=limit, bootstrap_iters=0, log_samples=False)
-    scores: dict[str, dict[str, float]] = {}
+    scores: dict[str, dict[str, float]] = {name: {} for name in harness_tasks}
+    # Before the harness, which takes longer: an error here must not lose the scores of the harness.
     for name, task in harness_tasks.items():
-        values = results["results"][TASKS[name].name]
-        scores[name] = {metric: float(values[f"{key},none"]) for metric, key in TASKS[name].metrics.items()}
         if name in PERPLEXITIES:
             documents = (row["page" if name == "wikitext" else "text"] for row in task.test_docs())
             perplexity = token_perplexity(model, tokenizer, islice(documents, limit), context, batch_size)
-            scores[name] = {"per token": perplexity, **scores[name]}
+            scores[name]["per token"] = perplexity
+    results: Any = score(lm, selected, limit=limit, bootstrap_iters=0, log_samples=False)
+    for name in harness_tasks:
+        values = results["results"][TASKS[name].name]
+        scores[name] |= {metric: float(values[f"{key},none"]) for metric, key in TASKS[name].metrics.items()}
     examples = {name: results["n-samples"][TASKS[name].name]["effective"] for name in harness_tasks}
     return Evaluation(str(path), context, scores, examples, missing, limit)

@@ -3,24 +3,28 @@ import json
 import math
 import re
 import shutil
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from streaming import StreamingDataset
 from tokenizers.processors import TemplateProcessing
+from torch import nn
 from transformers import AutoTokenizer
+from transformers.modeling_outputs import CausalLMOutput
 from typer.testing import CliRunner
 
 from llmfoundry_wesar.cli import app
 from llmfoundry_wesar.data.evaluation import rows
 from llmfoundry_wesar.data.shards import prepare
-from llmfoundry_wesar.evaluate import TASKS, Evaluation, evaluate, round_weights, token_perplexity
+from llmfoundry_wesar.evaluate import _CHUNK, TASKS, Evaluation, evaluate, round_weights, token_perplexity
 from llmfoundry_wesar.export.files import export, load
 from llmfoundry_wesar.runs.compare import plan, run_series
 from llmfoundry_wesar.runs.scalars import read_scalars
 from tests.distributed import REPOSITORY
 from tests.evaluation_files import LAMBADA, write
+from tests.recorder import Recorder
 from tests.trained import LENGTH, TEXT, VOCABULARY
 
 
@@ -58,6 +62,50 @@ def test_the_perplexity_per_token_is_its_definition(trained):
     assert token_perplexity(model, tokenizer, documents, LENGTH, batch_size=3) == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match="there is no text"):
         token_perplexity(model, tokenizer, [], LENGTH)
+
+
+class Bigrams(nn.Module):
+    """Logits of the next token that depend on the last one only, in bfloat16."""
+
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        self.scores = nn.Embedding.from_pretrained(torch.randn(vocabulary, vocabulary, dtype=torch.bfloat16))
+        self.before = lambda: None
+
+    def forward(self, ids: torch.Tensor) -> CausalLMOutput:
+        assert self.before() is None, "the logits of the batch before are still in memory"
+        logits = self.scores(ids)
+        self.before = weakref.ref(logits)
+        return CausalLMOutput(logits=logits)
+
+
+def test_the_perplexity_per_token_needs_no_second_tensor_of_all_logits(monkeypatch):
+    """In float32, whose tensors are counted here, there is at most a chunk of positions of one window."""
+    torch.manual_seed(0)
+    vocabulary, context = 30, 2 * _CHUNK + 9
+    ids, model = torch.randint(0, vocabulary, (5 * context + _CHUNK,)), Bigrams(vocabulary)
+    monkeypatch.setattr("llmfoundry_wesar.evaluate.encode", lambda tokenizer, texts: [ids.tolist()])
+    with Recorder() as recorder:
+        perplexity = token_perplexity(model, None, ["text"], context, batch_size=2)  # type: ignore[arg-type]
+    assert recorder.largest[torch.bfloat16] == 2 * context * vocabulary
+    assert recorder.largest[torch.float32] == _CHUNK * vocabulary
+    losses = [
+        F.cross_entropy(model.scores(window[:-1]).double(), window[1:], reduction="none")
+        for window in ids.split(context)
+    ]
+    assert perplexity == pytest.approx(torch.cat(losses).mean().exp().item(), rel=1e-6)
+
+
+def test_an_error_per_token_comes_before_the_harness(exported, data, monkeypatch):
+    """All scores of the harness come at its end. Hours of work would be lost if another score failed after it."""
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("llmfoundry_wesar.evaluate.token_perplexity", out_of_memory)
+    monkeypatch.setattr("lm_eval.evaluator.evaluate", lambda *_, **__: pytest.fail("the harness has run"))
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate(exported, "copa,wikitext", data)
 
 
 def with_special_tokens(tokenizer, start: bool, end: bool):
