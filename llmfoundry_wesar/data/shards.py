@@ -250,7 +250,7 @@ def _sequences(split: Path) -> int:
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the package tokenizers raises plain Exceptions
         why = f"cannot be loaded: {str(error).splitlines()[0]}"
         if "trust_remote_code" in why:
             why = "needs code of its own, which is not run; use one that needs none"
