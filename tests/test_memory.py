@@ -38,6 +38,21 @@ def test_the_estimate_is_what_an_h100_used(size, method, compiled):
     assert memory(size, 1, *overrides).peak == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("size", "gpus", "overrides", "peak"),
+    [
+        ("130m", 1, ["variables.method=wesar"], 23.0),
+        ("130m", 1, ["variables.method=small_init"], 23.2),
+        ("1.3b", 8, [], 32.4),
+        ("1.3b", 8, ["device_train_microbatch_size=16"], 58.4),
+        ("13b", 64, [], 13.7),
+    ],
+)
+def test_the_estimates_of_whole_configs_are_those_of_the_docs(size, gpus, overrides, peak):
+    """They have fused losses, several microbatches in a step, and at 13B parameters that FSDP gathers in each block."""
+    assert memory(size, gpus, *overrides).peak == pytest.approx(peak, abs=0.05)
+
+
 def test_the_papers_configs_fit_and_what_does_not_is_said():
     """13B has 155 GB of weights and moments, 12 bytes a parameter, over 64 GPUs. It fits only with checkpointing."""
     assert all(memory(size, gpus).fits for size, gpus in {"130m": 8, "1.3b": 8, "13b": 64}.items())
