@@ -15,15 +15,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from composer import Callback, Event, Logger, State
+from composer import Callback, DataSpec, Event, Logger, State
+from composer.callbacks import LRMonitor
+from composer.optim import LinearWithWarmupScheduler
 from llmfoundry.command_utils import train_from_yaml
+from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 from llmfoundry_wesar.callbacks import GateMonitor, SpikeRecorder, UpdateRatioMonitor
 from llmfoundry_wesar.cli import app
 from llmfoundry_wesar.data.shards import prepare
 from llmfoundry_wesar.spikes import Record, cause, find_reports, jumped, moves
-from tests.callbacks.training import BATCH, MATRICES, SCALAR_GATED, Metrics, Pictures, PlainNet, regression, train
+from tests.callbacks.training import BATCH, MATRICES, SCALAR_GATED, Metrics, Pictures, PlainNet, fit, regression, train
+from tests.tiny import build
 
 STEPS, SPIKE = 70, 50
 
@@ -180,7 +184,24 @@ def test_a_jump_in_the_last_step_is_said_once_and_its_picture_is_logged(tmp_path
     train(model, torch.optim.SGD(model.parameters(), lr=0.02), [inject, recorder], 30, loggers=[pictures])
     assert [path.name for path in tmp_path.iterdir()] == ["29"]
     assert len(pictures.logged) == 1
+    assert not any(step.addends.requires_grad for step in recorder._steps)  # else it would keep autograd's graphs
     assert [record.message.partition(":")[0] for record in caplog.records].count("spike_recorder") == 1
+
+
+def test_tokens_and_learning_rates_are_those_of_their_steps(tmp_path):
+    """The loss of step 3 is NaN. A schedule changes the learning rate after each step but the first."""
+    ids = torch.randint(97, (6, 2, 16), generator=torch.Generator().manual_seed(2))
+    loader = DataLoader([{"input_ids": row, "labels": row} for row in ids.flatten(0, 1)], batch_size=2)
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    inject = Inject(Event.BATCH_START, 3, lambda state: state.model.model.lm_head.weight.data.fill_(math.nan))
+    callbacks = [inject, LRMonitor(), SpikeRecorder(folder=str(tmp_path), after=2)]
+    logged = fit(model, optimizer, callbacks, DataSpec(loader), schedulers=LinearWithWarmupScheduler("2ba"))
+    with (tmp_path / "3/tokens.csv").open(newline="") as file:
+        found = {(int(row["step"]), int(row["sequence"])): row["tokens"] for row in csv.DictReader(file)}
+    assert found == {(step, i): " ".join(map(str, ids[step, i].tolist())) for step in (2, 3) for i in (0, 1)}
+    rates = {step: float(row["learning_rate"]) for (step, _), row in rows(tmp_path / "3").items()}
+    assert rates == pytest.approx({0: 0.0} | {step: logged["lr-SGD/group0"][step] for step in range(1, 6)})
 
 
 def test_a_jump_is_above_the_usual_noise_and_above_the_given_nats():
