@@ -34,7 +34,7 @@ from tests.callbacks.training import (
 from tests.distributed import launch
 
 NETS = (Net, PlainNet)  # gates in layers, gates in the optimizer
-SPREADS = ("ddp", "fsdp2", "fsdp1")
+SPREADS = ("ddp", "fsdp2", "fsdp1", "no_shard")
 # Two copies of a model that is sharded on two processes each, under FSDP1. torch 2.7's FSDP2 needs CUDA for it.
 HYBRID = ("hybrid",)
 
@@ -48,9 +48,11 @@ def _monitored(spread: str, net: type[Net] = Net) -> tuple[dict[str, dict[int, f
     fsdp: Any = None
     if spread == "fsdp2":
         fsdp = {}
-    elif spread in ("fsdp1", "hybrid"):
+    elif spread in ("fsdp1", "no_shard", "hybrid"):
         # Composer's own FSDP1 needs CUDA, torch's does not.
         options: dict[str, Any] = {"use_orig_params": True, "device_id": torch.device("cpu")}
+        if spread == "no_shard":
+            options |= {"sharding_strategy": ShardingStrategy.NO_SHARD}
         if spread == "hybrid":
             options |= {"sharding_strategy": ShardingStrategy.HYBRID_SHARD}
             options |= {"device_mesh": init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))}
@@ -194,7 +196,7 @@ def test_a_step_of_the_optimizer_costs_one_collective(spread: str, two_processes
     """It needs none where each rank has all gradients."""
     for rank in two_processes:
         _, found = rank["PlainNet", spread]
-        assert found["step"] == ({} if spread == "ddp" else {"c10d::allreduce_": 1})
+        assert found["step"] == ({} if spread in ("ddp", "no_shard") else {"c10d::allreduce_": 1})
         assert found["waits"] == {}  # no value is read back to the host
         assert found["updates"] == {"c10d::allreduce_": 1}
 
