@@ -1,4 +1,4 @@
-"""Compare `wesar_adamw` with gated layers under AdamW, with formulas, and on two processes."""
+"""Compare `wesar_adamw` with gated layers under AdamW, and with formulas."""
 
 import copy
 import math
@@ -9,12 +9,8 @@ import torch
 from composer.algorithms import GradientClipping
 from composer.core import Callback, DataSpec
 from composer.optim import LinearWithWarmupScheduler
-from composer.utils import dist
 from llmfoundry.utils.builders import build_optimizer
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.utils.data import DataLoader
 
 from llmfoundry_wesar.callbacks import GateMonitor, OptimizerGates, UpdateRatioMonitor
@@ -23,7 +19,6 @@ from llmfoundry_wesar.layers import Gated
 from llmfoundry_wesar.optimizer import WeSaRAdamW
 from llmfoundry_wesar.sharded import reparameterized_layers
 from tests.callbacks import training
-from tests.distributed import launch
 from tests.tiny import PAPER_SIGMA, batch, build
 
 LR, BETAS, EPS, DECAY, MAX_NORM = 2e-3, (0.9, 0.95), 1e-8, 0.1, 1.0
@@ -363,39 +358,3 @@ def test_a_warning_names_held_gates_at_the_interval_or_at_the_end(interval, step
     with pytest.raises(UserWarning, match=r"gates of .*net\.row.* were held at 1% .* lower optimizer.lr"):
         training.train(model, optimizer, [OptimizerGates(interval)])
     assert optimizer.state[model.net.row.weight]["step"] == steps
-
-
-def _step_by_fsdp1(model: nn.Module, optimizer: WeSaRAdamW, steps: range) -> None:
-    for step in steps:
-        ids = torch.arange(step, step + 8) % training.VOCABULARY
-        part = (ids[dist.get_global_rank() :: 2], torch.ones(4, 3))
-        optimizer.zero_grad()
-        model.loss(model(part), part).backward()
-        optimizer.step()
-
-
-def _saved_and_loaded_by_fsdp1() -> tuple[bool, int]:
-    """Return whether a model continues equally from its whole state, and how many parameters are empty on this rank."""
-    models, optimizers = [], []
-    for _ in range(2):
-        models.append(training.regression(training.PlainNet))
-        policy = ModuleWrapPolicy({training.Block})
-        models[-1].net = FSDP1(
-            models[-1].net, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
-        )
-        optimizers.append(WeSaRAdamW(models[-1].parameters(), lr=0.01, sigma=0.1, max_norm=0.5))
-        optimizers[-1].bind(models[-1])
-    _step_by_fsdp1(models[0], optimizers[0], range(3))
-    options = StateDictOptions(full_state_dict=True)
-    weights, state = copy.deepcopy(get_state_dict(models[0], optimizers[0], options=options))
-    set_state_dict(models[1], optimizers[1], model_state_dict=weights, optim_state_dict=state, options=options)
-    for model, optimizer in zip(models, optimizers, strict=True):
-        _step_by_fsdp1(model, optimizer, range(3, 5))
-    pairs = list(zip(*(model.parameters() for model in models), strict=True))
-    return all(torch.equal(*pair) for pair in pairs), sum(ours.numel() == 0 for ours, _ in pairs)
-
-
-def test_a_state_of_fsdp1_goes_on_to_the_bit_where_a_rank_holds_nothing():
-    results = launch(_saved_and_loaded_by_fsdp1)
-    assert [same for same, _ in results] == [True, True]
-    assert sum(empty for _, empty in results) > 0

@@ -1,5 +1,6 @@
 """The monitors on two to four processes, each way to distribute a model, against one process on the same batches."""
 
+import copy
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from composer.core import Callback, Event
+from composer.utils import dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.fsdp import ShardingStrategy
@@ -21,10 +24,12 @@ from tests.callbacks.training import (
     SCALAR_GATED,
     STEPS,
     VECTOR_GATED,
+    VOCABULARY,
     Block,
     Net,
     Pictures,
     PlainNet,
+    Regression,
     Watched,
     collectives,
     regression,
@@ -84,6 +89,41 @@ def _monitored_by_each(spreads: tuple[str, ...]) -> dict[tuple[str, str], dict[s
     return {(net.__name__, spread): _monitored(spread, net)[0] for net in NETS for spread in spreads}
 
 
+def _step_by_fsdp1(model: Regression, optimizer: WeSaRAdamW, steps: range) -> None:
+    ranks, rank = dist.get_world_size(), dist.get_global_rank()
+    for step in steps:
+        ids = torch.arange(step, step + 4 * ranks) % VOCABULARY
+        part = (ids[rank::ranks], torch.ones(4, 3))
+        optimizer.zero_grad()
+        model.loss(model(part), part).backward()
+        optimizer.step()
+
+
+def _saved_and_loaded_by_fsdp1() -> tuple[bool, int]:
+    """Return whether a model continues equally from its whole state, and how many parameters are empty on this rank."""
+    models, optimizers = [], []
+    for _ in range(2):
+        models.append(regression(PlainNet))
+        policy = ModuleWrapPolicy({Block})
+        models[-1].net = FSDP1(
+            models[-1].net, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+        )
+        optimizers.append(WeSaRAdamW(models[-1].parameters(), lr=0.01, sigma=0.1, max_norm=0.5))
+        optimizers[-1].bind(models[-1])
+    _step_by_fsdp1(models[0], optimizers[0], range(3))
+    options = StateDictOptions(full_state_dict=True)
+    weights, state = copy.deepcopy(get_state_dict(models[0], optimizers[0], options=options))
+    set_state_dict(models[1], optimizers[1], model_state_dict=weights, optim_state_dict=state, options=options)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        _step_by_fsdp1(model, optimizer, range(3, 5))
+    pairs = list(zip(*(model.parameters() for model in models), strict=True))
+    return all(torch.equal(*pair) for pair in pairs), sum(ours.numel() == 0 for ours, _ in pairs)
+
+
+def _on_more_processes(spreads: tuple[str, ...]) -> dict[str, Any]:
+    return {"monitored": _monitored_by_each(spreads), "state": _saved_and_loaded_by_fsdp1()}
+
+
 def _flat_parameters() -> str:
     """Return the monitors' error under FSDP1 without `use_orig_params`."""
     model = regression()
@@ -120,6 +160,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two_processes(folder: Path) -> list[dict[str, Any]]:
     return launch(_monitored_everywhere, folder)
+
+
+@pytest.fixture(scope="module", params=[(3, SPREADS), (4, HYBRID)], ids=["3", "4"])
+def more_processes(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    processes, spreads = request.param
+    return launch(_on_more_processes, spreads, processes=processes)
 
 
 @pytest.fixture(scope="module")
@@ -164,13 +210,18 @@ def test_two_processes_log_what_one_does(spread: str, net: type[Net], two_proces
         _assert_logged(metrics, one_process[net.__name__], 1e-5)
 
 
-@pytest.mark.parametrize(("processes", "spreads"), [(3, SPREADS), (4, HYBRID)])
-def test_more_processes_log_what_one_does(processes: int, spreads: tuple[str, ...], one_process: dict) -> None:
+def test_more_processes_log_what_one_does(more_processes: list[dict[str, Any]], one_process: dict) -> None:
     """The matrices have 6, 11 and 13 rows, so that some of their shards are uneven."""
-    for rank in launch(_monitored_by_each, spreads, processes=processes):
-        assert len(rank) == len(NETS) * len(spreads)
-        for (net, _), metrics in rank.items():
+    for rank in more_processes:
+        for (net, _), metrics in rank["monitored"].items():
             _assert_logged(metrics, one_process[net], 2e-5)
+
+
+def test_a_state_of_fsdp1_goes_on_to_the_bit_where_a_rank_holds_nothing(more_processes: list[dict[str, Any]]) -> None:
+    """Three processes are the fewest in which several ranks have the state of a matrix that another rank lacks."""
+    results = [rank["state"] for rank in more_processes]
+    assert all(same for same, _ in results)
+    assert sum(empty for _, empty in results) > 0
 
 
 @pytest.mark.parametrize("spread", SPREADS)
