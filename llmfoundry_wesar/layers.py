@@ -209,7 +209,8 @@ def _check_norms(norms: Tensor) -> None:
 class WeightNormalized(Reparameterized):
     """Weight normalisation: rows of the virtual weight are αw/‖w‖ (Salimans and Kingma 2016; paper, appendix C.1)."""
 
-    def _add_gate(self) -> None:
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         self.gate = nn.Parameter(self.weight.new_ones(self.weight.size(0)))
 
     def virtual_weight(self) -> Tensor:
@@ -235,17 +236,9 @@ class WeightNormalized(Reparameterized):
 class WeightNormLinear(WeightNormalized, _ReparameterizedLinear):
     """`nn.Linear` with weight normalisation; parameters weight (O, I), gate (O,) and bias (O,)."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._add_gate()
-
 
 class WeightNormEmbedding(WeightNormalized, ScaledEmbedding):
     """An embedding with weight normalisation. For the arguments see `ScaledEmbedding`."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._add_gate()
 
 
 class SpectrallyNormalized(Reparameterized):
@@ -258,7 +251,8 @@ class SpectrallyNormalized(Reparameterized):
     left: Tensor
     right: Tensor
 
-    def _add_gate(self, differentiable_norm: bool) -> None:
+    def __init__(self, *args: Any, differentiable_norm: bool = False, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         if not isinstance(differentiable_norm, bool):
             raise ValueError(f"model.fc_type.differentiable_norm: {differentiable_norm!r} is not one of true, false.")
         self.gate = nn.Parameter(self.weight.new_ones(1))
@@ -327,10 +321,6 @@ class SigmaReparamLinear(SpectrallyNormalized, _ReparameterizedLinear):
         differentiable_norm: Whether the gradient goes through ‖W‖₂, as in Zhai et al.'s code (paper: no).
     """
 
-    def __init__(self, *args: Any, differentiable_norm: bool = False, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._add_gate(differentiable_norm)
-
     def forward(self, input: Tensor) -> Tensor:
         self.step_power_iteration()
         return super().forward(input)
@@ -338,10 +328,6 @@ class SigmaReparamLinear(SpectrallyNormalized, _ReparameterizedLinear):
 
 class SigmaReparamEmbedding(SpectrallyNormalized, ScaledEmbedding):
     """An embedding with σReparam. For the arguments see `ScaledEmbedding` and `SigmaReparamLinear`."""
-
-    def __init__(self, *args: Any, differentiable_norm: bool = False, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._add_gate(differentiable_norm)
 
     def forward(self, input: Tensor, unembed: bool = False) -> Tensor:
         self.step_power_iteration()
