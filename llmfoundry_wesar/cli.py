@@ -278,12 +278,12 @@ def evaluate(
         os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars in a log; tqdm reads this when it is imported
     with one_line_errors(), _few_remarks():
         from llmfoundry_wesar.evaluate import evaluate
+        from llmfoundry_wesar.export.folders import check_new
         from llmfoundry_wesar.runs.scalars import replacing
 
         if out is not None:
-            if out.exists():
-                raise FileExistsError(f"{out} exists; choose another name or remove it.")
-            out.parent.mkdir(parents=True, exist_ok=True)  # fail now, not after hours of scoring
+            check_new(out)  # fail now, not after hours of scoring
+            out.parent.mkdir(parents=True, exist_ok=True)
         evaluation = evaluate(model, tasks, data, limit, batch_size, device, dtype)
         echo(str(evaluation))
         if out is not None:
