@@ -167,16 +167,16 @@ def squares(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def sum_over_ranks(parts: Mapping[str, Sequence[Tensor]], device: Device) -> dict[str, Tensor]:
-    """Sum scalars over all ranks, with one all-reduce and one transfer to the host.
+    """Sum tensors over all ranks, with one all-reduce and one transfer to the host.
 
     Args:
-        parts: This rank's addends by name, 0-dimensional.
+        parts: This rank's addends by name, all of one shape.
         device: The device of the collectives.
 
     Returns:
-        The sums by name, 1-D, in float64 and on the host.
+        The sums by name, stacked along a new first dimension, in float64 and on the host.
     """
-    addends = torch.stack([scalar for part in parts.values() for scalar in part])
+    addends = torch.stack([addend for part in parts.values() for addend in part])
     total = device.tensor_to_device(addends.double())
     if dist.get_world_size() > 1:
         dist.all_reduce(total)
