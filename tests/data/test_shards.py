@@ -233,7 +233,7 @@ def test_given_tokenizer_keeps_its_own_special_tokens(tmp_path, source):
     with pytest.raises(ValueError, match="endless has no EOS"):
         prepare(tmp_path / "out2", [source], tokenizer=str(tmp_path / "endless"), **options)
     (tmp_path / "endless/tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="tokenizer .*endless cannot be loaded: "):
+    with pytest.raises(ValueError, match=r"tokenizer .*endless cannot be loaded: "):
         prepare(tmp_path / "out2", [source], tokenizer=str(tmp_path / "endless"), **options)
     with pytest.raises(ValueError, match="vocab_size: 300 does not apply"):
         prepare(tmp_path / "out2", [source], tokenizer=str(tmp_path / "framed"), **OPTIONS)
