@@ -33,3 +33,4 @@ def dots(axis: Axes, groups: Mapping[str, np.ndarray], colours: Sequence[str]) -
             axis.plot([values.mean()], [position], "|", color=colour, markersize=16, markeredgewidth=2)
     axis.set_yticks(range(len(groups)), list(groups))
     axis.set_ylim(len(groups) - 0.5, -0.5)
+    axis.margins(x=0.05)  # else the outermost dots are cut in half
