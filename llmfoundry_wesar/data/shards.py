@@ -27,6 +27,7 @@ from transformers.models.gpt2.tokenization_gpt2_fast import GPT2TokenizerFast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from llmfoundry_wesar.data.corpus import HUB, Corpus, batches, find_files, open_hub, progress_bar, say, splits
+from llmfoundry_wesar.keys import is_number
 
 __all__ = ["adds_eos", "check_prepared", "encode", "prepare"]
 
@@ -151,24 +152,25 @@ def prepare(
     return {split: _sequences(out / split) for split in parts}
 
 
-def check_prepared(folder: Path, max_seq_len: int, tokenizer: str) -> None:
-    """Check that what `prepare` wrote fits a training config. A folder without a manifest is not checked.
+def check_prepared(folder: Path, max_seq_len: Any, tokenizer: str) -> None:
+    """Check that what `prepare` wrote fits a training config. A folder without its manifest is not checked.
 
     Longer sequences than `max_seq_len` are no error: the loader cuts them.
 
     Args:
         folder: `dataset.local`.
-        max_seq_len: `dataset.max_seq_len`.
+        max_seq_len: `dataset.max_seq_len`. If it is no number, it is not compared.
         tokenizer: `tokenizer.name`. If it is no folder, its vocabulary is not compared.
 
     Raises:
         ValueError: The sequences are shorter than `max_seq_len`, so that a batch would have fewer tokens than the
             config says; or they were made with another vocabulary.
     """
-    if not (folder / MANIFEST).is_file():
+    try:
+        length = json.loads((folder / MANIFEST).read_text())["arguments"]["sequence_length"]
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is a file of another program
         return
-    length = json.loads((folder / MANIFEST).read_text())["arguments"]["sequence_length"]
-    if length < max_seq_len:
+    if is_number(max_seq_len) and length < max_seq_len:
         raise ValueError(
             f"{folder} has sequences of {length} tokens, but max_seq_len is {max_seq_len}; prepare the text again, in "
             f"another folder, with --sequence-length {max_seq_len}, or set max_seq_len: {length}"

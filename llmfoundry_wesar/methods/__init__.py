@@ -74,7 +74,7 @@ def _check_data(config: dict[str, Any]) -> None:
             if Path(local, split, "index.json").is_file():
                 tokenizer = str((config.get("tokenizer") or {}).get("name"))
                 try:
-                    check_prepared(Path(local), dataset.get("max_seq_len") or 0, tokenizer)
+                    check_prepared(Path(local), dataset.get("max_seq_len"), tokenizer)
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}.") from error
                 continue

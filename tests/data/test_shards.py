@@ -462,6 +462,10 @@ def test_training_refuses_text_of_another_length_or_tokenizer(tmp_path, source):
     rewritten.write_text(json.dumps(json.loads(rewritten.read_text())))
     mixed[-1] = f"eval_loader.dataset.local={tmp_path / 'again'}"
     load_config("yamls/quickstart.yaml", mixed, check_data=True)
+    # Neither is a manifest of another program, or a length that is no number, which others refuse.
+    (tmp_path / "two/manifest.json").write_text("[]")
+    mixed[1:] = ["max_seq_len=abc", f"eval_loader.dataset.local={tmp_path / 'two'}"]
+    load_config("yamls/quickstart.yaml", mixed, check_data=True)
 
 
 def test_command_prints_one_line_for_an_error(tmp_path):
