@@ -163,9 +163,10 @@ def two_processes(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module", params=[(3, SPREADS), (4, HYBRID)], ids=["3", "4"])
-def more_processes(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+def more_processes(request: pytest.FixtureRequest) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
+    """Return the ways to distribute a model, and what each process found."""
     processes, spreads = request.param
-    return launch(_on_more_processes, spreads, processes=processes)
+    return spreads, launch(_on_more_processes, spreads, processes=processes)
 
 
 @pytest.fixture(scope="module")
@@ -210,16 +211,19 @@ def test_two_processes_log_what_one_does(spread: str, net: type[Net], two_proces
         _assert_logged(metrics, one_process[net.__name__], 1e-5)
 
 
-def test_more_processes_log_what_one_does(more_processes: list[dict[str, Any]], one_process: dict) -> None:
+def test_more_processes_log_what_one_does(more_processes: tuple, one_process: dict) -> None:
     """The matrices have 6, 11 and 13 rows, so that some of their shards are uneven."""
-    for rank in more_processes:
+    spreads, ranks = more_processes
+    for rank in ranks:
+        assert len(rank["monitored"]) == len(NETS) * len(spreads)
         for (net, _), metrics in rank["monitored"].items():
             _assert_logged(metrics, one_process[net], 2e-5)
 
 
-def test_a_state_of_fsdp1_goes_on_to_the_bit_where_a_rank_holds_nothing(more_processes: list[dict[str, Any]]) -> None:
+def test_a_state_of_fsdp1_goes_on_to_the_bit_where_a_rank_holds_nothing(more_processes: tuple) -> None:
     """Three processes are the fewest in which several ranks have the state of a matrix that another rank lacks."""
-    results = [rank["state"] for rank in more_processes]
+    _, ranks = more_processes
+    results = [rank["state"] for rank in ranks]
     assert all(same for same, _ in results)
     assert sum(empty for _, empty in results) > 0
 
