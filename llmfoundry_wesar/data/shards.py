@@ -175,16 +175,21 @@ def check_prepared(folder: Path, max_seq_len: Any, tokenizer: str) -> None:
             f"{folder} has sequences of {length} tokens, but max_seq_len is {max_seq_len}; prepare the text again, in "
             f"another folder, with --sequence-length {max_seq_len}, or set max_seq_len: {length}"
         )
-    ours, theirs = (Path(path, "tokenizer.json") for path in (folder / "tokenizer", tokenizer))
-    if theirs.is_file() and ours.is_file() and _vocabulary(ours) != _vocabulary(theirs):
+    files = [Path(path, "tokenizer.json") for path in (folder / "tokenizer", tokenizer)]
+    if not all(file.is_file() for file in files):
+        return
+    ours, theirs = (file.read_bytes() for file in files)
+    # Two files can have one vocabulary, because transformers rewrites a file that it saves. Most are equal, and reading
+    # JSON takes longer than comparing bytes.
+    if ours != theirs and _vocabulary(ours) != _vocabulary(theirs):
         raise ValueError(
             f"{folder} was prepared with another tokenizer than {tokenizer}; prepare it again, in another folder, with "
             f"--tokenizer {tokenizer}"
         )
 
 
-def _vocabulary(tokenizer: Path) -> Any:
-    return json.loads(tokenizer.read_bytes())["model"]["vocab"]
+def _vocabulary(tokenizer: bytes) -> Any:
+    return json.loads(tokenizer)["model"]["vocab"]
 
 
 def _check_ranges(

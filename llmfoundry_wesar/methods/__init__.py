@@ -13,6 +13,7 @@ from typing import Any
 from llmfoundry.models.mpt.configuration_mpt import MPTConfig
 from omegaconf import DictConfig, OmegaConf
 
+from llmfoundry_wesar.data.shards import check_prepared
 from llmfoundry_wesar.initialization import check_tied_embedding
 
 _FOLDER = Path(__file__).parent
@@ -60,8 +61,6 @@ def _check_data(config: dict[str, Any]) -> None:
 
     Streaming would fail later, without naming the key; the other two would not be noticed.
     """
-    from llmfoundry_wesar.data.shards import check_prepared  # slow, and only these configs need it
-
     # Foundry moves an `eval_loader` that is a list to `eval_loaders`, before it calls its config transforms.
     for key in ("train_loader", "eval_loader", "eval_loaders"):
         loaders = config.get(key) or {}
@@ -71,19 +70,20 @@ def _check_data(config: dict[str, Any]) -> None:
             if local is None or dataset.get("remote"):
                 continue
             name = " ".join(filter(None, [key.removesuffix("s"), loader.get("label")]))
-            if Path(local, split, "index.json").is_file():
-                tokenizer = str((config.get("tokenizer") or {}).get("name"))
-                try:
-                    check_prepared(Path(local), dataset.get("max_seq_len"), tokenizer)
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}.") from error
-                continue
-            variables = [f"variables.{variable}" for variable, value in config["variables"].items() if value == local]
-            raise ValueError(
-                f"{name}: there is no data in {Path(local, split)}; prepare it with `llmfoundry-wesar data {local} "
-                "--source …`, as the first lines of the YAML and the README say, or change "
-                f"{' or '.join(variables) or 'dataset.local'}."
-            )
+            if not Path(local, split, "index.json").is_file():
+                variables = [
+                    f"variables.{variable}" for variable, value in config["variables"].items() if value == local
+                ]
+                raise ValueError(
+                    f"{name}: there is no data in {Path(local, split)}; prepare it with `llmfoundry-wesar data {local} "
+                    "--source …`, as the first lines of the YAML and the README say, or change "
+                    f"{' or '.join(variables) or 'dataset.local'}."
+                )
+            tokenizer = str((config.get("tokenizer") or {}).get("name"))
+            try:
+                check_prepared(Path(local), dataset.get("max_seq_len"), tokenizer)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}.") from error
 
 
 def _check_buffers(config: dict[str, Any]) -> None:
