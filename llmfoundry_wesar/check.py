@@ -96,12 +96,7 @@ def check_config(config: Mapping[str, Any], model: nn.Module) -> WeSaRAdamW | No
     """
     _check_lengths(config)
     _check_warmup(config)
-    _check_callbacks(config.get("callbacks"), model)
-    if "kill_loss_spike" in (config.get("callbacks") or {}) and config["model"].get("z_loss"):
-        raise ValueError(
-            "callbacks.kill_loss_spike: foundry's callback fails in the first step if the loss has several terms; "
-            "remove it, or set model.z_loss: 0. nan_monitor stops a run whose loss is NaN."
-        )
+    _check_callbacks(config, model)
     return _check_optimizer(config.get("optimizer"), model)
 
 
@@ -143,7 +138,8 @@ def _check_warmup(config: Mapping[str, Any]) -> None:
         )
 
 
-def _check_callbacks(callbacks: Any, model: nn.Module) -> None:
+def _check_callbacks(config: Mapping[str, Any], model: nn.Module) -> None:
+    callbacks = config.get("callbacks")
     if not isinstance(callbacks, Mapping | None):
         raise ValueError(f"callbacks: {callbacks!r} is not a mapping; write `callbacks: {{name: {{key: value}}}}`.")
     callbacks = callbacks or {}
@@ -164,6 +160,11 @@ def _check_callbacks(callbacks: Any, model: nn.Module) -> None:
             named = [(name, p) for name, p in model.named_parameters() if p.ndim > 1 and p.requires_grad]
             callback.check([module_path(f"model.{name}") for name, _ in named])
     check_power_iteration(model, "power_iteration" in callbacks)
+    if "kill_loss_spike" in callbacks and config["model"].get("z_loss"):
+        raise ValueError(
+            "callbacks.kill_loss_spike: foundry's callback fails in the first step if the loss has several terms; "
+            "remove it, or set model.z_loss: 0. nan_monitor stops a run whose loss is NaN."
+        )
 
 
 def _check_optimizer(optimizer: Any, model: nn.Module) -> WeSaRAdamW | None:
