@@ -119,6 +119,29 @@ def test_resumed_run_is_one_curve_with_the_second_attempt_where_both_logged(tmp_
     assert values.tolist() == [0, 1, 2, 3, 4, 105, 106, 107, 108, 109]
 
 
+def test_run_that_went_back_to_a_checkpoint_ends_where_the_last_attempt_did(tmp_path: Path):
+    """It went from step 7 back to the checkpoint of step 3, and then from 5 to 4. What step 3 had logged stays."""
+
+    def steps(first: int, last: int, value: float) -> dict[int, dict[str, float]]:
+        often = {step: {"time/batch": step, "loss/train/total": value} for step in range(first, last)}
+        return {**often, last: {"metrics/eval/LanguageCrossEntropy": value}}
+
+    record(tmp_path, "run", {**steps(0, 3, 1), 3: {"gate/a": 1}})
+    record(tmp_path, "run", steps(3, 7, 2))
+    record(tmp_path, "run", steps(3, 5, 3))
+    record(tmp_path, "run", steps(4, 5, 4))
+    read = {
+        metric: dict(zip(*map(np.ndarray.tolist, points), strict=True))
+        for metric, points in read_scalars(tmp_path).items()
+    }
+    assert read == {
+        "time/batch": {step: step for step in range(5)},
+        "loss/train/total": {0: 1, 1: 1, 2: 1, 3: 3, 4: 4},
+        "metrics/eval/LanguageCrossEntropy": {5: 4},
+        "gate/a": {3: 1},
+    }
+
+
 def test_no_point_of_a_long_run_is_dropped(tmp_path: Path):
     """TensorBoard by default keeps a sample of 10,000 points."""
     logged = record(tmp_path, "run", {step: {"loss/train/total": step / 7} for step in range(10_050)}, 20_000)
