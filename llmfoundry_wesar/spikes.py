@@ -115,14 +115,15 @@ def jumped(losses: Sequence[float], deviations: float, nats: float) -> bool:
     """Return whether the last loss is a jump.
 
     It is if it is not finite although the one before was, or if it is above the median of the 16 losses before by more
-    than `nats` and by more than `deviations` standard deviations of the differences between the losses before.
+    than `nats` and by more than `deviations` standard deviations of the differences between these losses. (In a
+    longer window, spikes that come in series would hide each other.)
     """
     *before, last = losses
     if not before or not math.isfinite(before[-1]):
         return False
     if not math.isfinite(last):
         return True
-    differences = np.diff([loss for loss in before if math.isfinite(loss)])
+    differences = np.diff([loss for loss in before[-JUMP_WINDOW:] if math.isfinite(loss)])
     return len(before) >= JUMP_WINDOW and last - usual_loss(before) > max(nats, deviations * float(differences.std()))
 
 

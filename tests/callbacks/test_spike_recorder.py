@@ -216,6 +216,12 @@ def test_a_jump_is_above_the_usual_noise_and_above_the_given_nats():
     assert not jumped([3.0, math.nan, math.nan], 5, 0.3)
 
 
+def test_spikes_that_came_before_do_not_hide_the_next():
+    losses = [8.0 if step % 20 == 19 else 3 + 0.02 * math.sin(step) for step in range(200)]
+    window = [(step, losses[max(0, step - 100) : step + 1]) for step in range(len(losses))]
+    assert [step for step, recent in window if jumped(recent, 5, 0.3)] == list(range(19, 200, 20))
+
+
 def test_moves_are_in_the_order_of_their_steps_and_those_that_grew_first():
     """By hand: values are 1 and 1.21 in turn, median 1.1, standard deviation of the logarithms log(1.1).
 
