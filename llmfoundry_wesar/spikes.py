@@ -274,9 +274,14 @@ def draw_spike(record: Record) -> Figure:
     rows = [record.matrices.index(name) for name in order]
     steps = record.steps[record.measured]
     named = min(len(order), _ROWS)
+    # The other rows are thin if there are many, so that the names of the first ones can be read.
+    others = len(order) - named
+    height = min(1, named / max(others, 1))
+    heights = np.concatenate([np.arange(named), named - 0.5 + height * (np.arange(others) + 0.5)])
+    inches = max(1.6, 0.115 * (named + height * others))
     with matplotlib.rc_context(STYLE):
-        picture = Figure(figsize=(9.6, 2.4 + 2 * max(1.6, 0.15 * named)), layout="constrained")
-        top, *maps = picture.subplots(3, 1, sharex=True, height_ratios=[1.6, *[max(1.6, 0.15 * named)] * 2])
+        picture = Figure(figsize=(9.6, 2.4 + 2 * inches), layout="constrained")
+        top, *maps = picture.subplots(3, 1, sharex=True, height_ratios=[1.6, inches, inches])
         top.plot(record.steps, record.losses, color="#000000")
         top.set_ylabel("loss")
         for axis, quantity in zip(maps, ("update_ratio", "grad_norm"), strict=True):
@@ -286,9 +291,8 @@ def draw_spike(record: Record) -> Figure:
                 warnings.simplefilter("ignore")  # rows without a finite value, which stay empty
                 relative = values / np.nanmedian(before, axis=1, keepdims=True)
             relative = np.clip(relative, *_COLOURS)
-            mesh = axis.pcolormesh(
-                steps, np.arange(len(rows)), relative, norm=LogNorm(*_COLOURS), cmap="RdBu_r", shading="nearest"
-            )
+            norm = LogNorm(*_COLOURS)
+            mesh = axis.pcolormesh(steps, heights, relative, norm=norm, cmap="RdBu_r", shading="nearest")
             axis.set_yticks(range(named), [name.removeprefix("model.") for name in order[:named]], fontsize="xx-small")
             axis.invert_yaxis()
             axis.grid(False)
