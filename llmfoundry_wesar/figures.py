@@ -84,7 +84,10 @@ def colours_of(names: Sequence[str]) -> dict[str, str]:
 
 
 def label_ends(axis: Axes, lines: Sequence[tuple[str, Line2D]], gap: float) -> None:
-    """Write each line's name beside its last point. Names are moved to be `gap` apart, as a fraction of the axis."""
+    """Write each line's name beside its last point.
+
+    Names are moved as little as possible (least squares) to be `gap` apart, as a fraction of the axis, and inside it.
+    """
     low, high = axis.get_ylim()
     ends = []
     for name, line in lines:
@@ -95,11 +98,15 @@ def label_ends(axis: Axes, lines: Sequence[tuple[str, Line2D]], gap: float) -> N
             ends.append((height, name, line.get_color()))
     ends.sort(key=lambda end: end[0])
     gap = min(gap, 1 / max(len(ends), 1))
-    heights = [end[0] for end in ends]
-    for index in range(1, len(heights)):
-        heights[index] = max(heights[index], heights[index - 1] + gap)
-    for index in reversed(range(len(heights))):
-        heights[index] = min(heights[index], 1 - gap * (len(heights) - 1 - index))
+    # Without the gaps, heights must not decrease: pool names that overlap at their mean (isotonic regression).
+    pools: list[list[float]] = []
+    for index, (height, _, _) in enumerate(ends):
+        pools.append([height - index * gap])
+        while len(pools) > 1 and np.mean(pools[-2]) > np.mean(pools[-1]):
+            last = pools.pop()
+            pools[-1] += last
+    lowest = np.clip([np.mean(pool) for pool in pools for _ in pool], 0, 1 - gap * max(len(ends) - 1, 0))
+    heights = lowest + gap * np.arange(len(ends))
     for height, (_, name, colour) in zip(heights, ends, strict=True):
         axis.annotate(name, (1.01, height), xycoords="axes fraction", color=colour, va="center", annotation_clip=False)
 

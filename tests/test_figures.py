@@ -2,8 +2,9 @@ import math
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from llmfoundry_wesar.figures import Network, draw_heat, pixels
+from llmfoundry_wesar.figures import Network, draw_heat, label_ends, pixels
 
 BLOCKS = "model.transformer.blocks"
 
@@ -34,3 +35,20 @@ def test_several_matrices_in_a_cell_have_their_median():
     ratios = {f"{BLOCKS}.0.ffn.experts.{expert}.w1": ratio for expert, ratio in enumerate([1e-3, 9e-3, 2e-3])}
     image = draw_heat({"run": Network("", ratios, ranges("W_g"))}).axes[0].images[0]
     assert image.get_array().tolist() == [[2e-3]]
+
+
+@pytest.mark.parametrize(
+    ("ends", "heights"),
+    [
+        ([0.1, 0.5, 0.52], [0.1, 0.46, 0.56]),
+        ([0.5, 0.5, 0.5], [0.4, 0.5, 0.6]),
+        ([0.0, 0.0, 0.9], [0.0, 0.1, 0.9]),
+        ([1.0, 1.0, 0.99], [0.9, 1.0, 0.8]),
+    ],
+)
+def test_names_of_lines_are_moved_no_further_than_needed(ends: list[float], heights: list[float]):
+    """By hand: names that overlap keep their mean height, unless they would leave the axis."""
+    axis = Figure().add_subplot(ylim=(0, 1))
+    label_ends(axis, [(str(end), axis.plot([0, 1], [0, end])[0]) for end in ends], gap=0.1)
+    at = sorted(zip(heights, ends, strict=True))
+    assert [(text.xy[1], text.get_text()) for text in axis.texts] == [(pytest.approx(y), str(end)) for y, end in at]
