@@ -50,7 +50,7 @@ _AS_LLAMA: dict[str, tuple] = {
     ),
     "attn_config.rope": (True,),
     "attn_config.rope_impl": ("hf",),
-    "attn_config.rope_hf_config.type": ("no_scaling",),
+    "attn_config.rope_hf_config.type": ("no_scaling", "llama3"),
     "attn_config.alibi": (False,),
     "attn_config.clip_qkv": (None,),
     "attn_config.qk_ln": (False,),
@@ -71,6 +71,8 @@ _ACTIVATIONS = {
     "relu": {"name": "relu"},
     "silu": {"name": "silu"},
 }
+# Of RoPE with scaled frequencies, as Llama 3.1 has it. transformers and foundry use the same names.
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _MODULES = {"transformer.wte": "model.embed_tokens", "transformer.norm_f": "model.norm", "lm_head": "lm_head"}
 _BLOCK_MODULES = {
     "norm_1": "input_layernorm",
@@ -190,9 +192,10 @@ def from_llama(llama: dict[str, Any], weights: Weights) -> tuple[dict[str, Any],
     config = LlamaConfig.from_dict({**llama, "rope_scaling": None})
     # transformers ≥ 5 writes `rope_parameters`, earlier versions write `rope_theta` and `rope_scaling`.
     rope = llama.get("rope_parameters") or llama.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", "default")
     for key, value, admissible in (
-        ("rope_type", rope.get("rope_type", "default"), ("default",)),
-        ("rope_scaling.type", rope.get("type", "default"), ("default",)),  # its name before transformers 4.43
+        ("rope_type", rope_type, ("default", "llama3")),
+        ("rope_scaling.type", rope.get("type", rope_type), (rope_type,)),  # its name before transformers 4.43
         ("hidden_act", config.hidden_act, _ACTIVATIONS),
         ("mlp_bias", config.mlp_bias, (config.attention_bias,)),
         ("quantization_config", llama.get("quantization_config"), (None,)),
@@ -223,6 +226,9 @@ def from_llama(llama: dict[str, Any], weights: Weights) -> tuple[dict[str, Any],
             "rope": True,
             "rope_impl": "hf",
             "rope_theta": rope.get("rope_theta", config.rope_theta),
+            "rope_hf_config": {"type": "llama3", **{key: rope[key] for key in _LLAMA3}}
+            if rope_type == "llama3"
+            else {"type": "no_scaling", "factor": 1.0},
         },
         "ffn_config": {
             "ffn_type": "mptglu" if llama["model_type"] == "llama" else "mptmlp",
@@ -327,6 +333,8 @@ def hf_config(config: WeSaRMPTConfig) -> LlamaConfig:
             f"model.no_bias: {json.dumps(config.no_bias)}."
         )
     attention = config.attn_config
+    rope = attention["rope_hf_config"]
+    scaling = {"rope_type": "llama3", **{key: rope[key] for key in _LLAMA3}} if rope["type"] == "llama3" else None
     kv_heads = 1 if attention["attn_type"] == "multiquery_attention" else attention.get("kv_n_heads")
     return (LlamaConfig if glu else ArceeConfig)(
         vocab_size=config.vocab_size,
@@ -340,6 +348,7 @@ def hf_config(config: WeSaRMPTConfig) -> LlamaConfig:
         max_position_embeddings=config.max_seq_len,
         rms_norm_eps=config.norm_eps,
         rope_theta=attention["rope_theta"],
+        rope_scaling=scaling,
         attention_bias=config.attention_bias,
         mlp_bias=not config.no_bias,
         tie_word_embeddings=False,

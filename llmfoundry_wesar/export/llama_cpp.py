@@ -84,6 +84,12 @@ def rewrite(weights: Mapping[str, Tensor], config: LlamaConfig) -> Rewritten:
 
 def check(config: LlamaConfig, tokenizer: PreTrainedTokenizerBase | None, dtype: str) -> None:
     """Refuse a model, tokenizer or dtype that cannot be written, before any weight is computed; see `write_gguf`."""
+    if config.rope_scaling:
+        raise ValueError(
+            "--format gguf cannot express model.attn_config.rope_hf_config.type: "
+            f"{json.dumps(config.rope_scaling['rope_type'])}; export with --format hf, and convert a GLU with "
+            "llama.cpp's convert_hf_to_gguf.py."
+        )
     architecture(config)
     _check_tokenizer(tokenizer, config.vocab_size)
     width, heads = _stream(config)

@@ -142,6 +142,26 @@ def test_tied_embeddings_have_two_names_but_one_value():
         from_llama(llama.config.to_dict(), weights)
 
 
+def test_scaled_rope_of_llama_3_is_kept():
+    """Against transformers' own Llama, where the scaling changes the logits, and back."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 16
+    config = LlamaConfig(97, 32, 64, 2, 4, num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3)
+    config.rope_scaling = rope
+    llama, ids = LlamaForCausalLM(config), batch()["input_ids"]
+    tree, weights = from_llama(config.to_dict(), llama.state_dict())
+    model = build_mpt(WeSaRMPTConfig.from_dict(tree), weights)
+    assert_same_logits(logits(model, ids), logits(llama, ids), FLOAT32)
+    again = to_hf(to_gated(model, "wesar"))
+    assert again.config.rope_scaling == rope
+    assert_same_logits(logits(again, ids), logits(llama, ids), FLOAT32)
+    config.rope_scaling = None
+    unscaled = LlamaForCausalLM(config)
+    unscaled.load_state_dict(llama.state_dict())
+    assert (logits(unscaled, ids) - logits(llama, ids)).abs().max() > 0.1
+
+
 def test_rope_is_read_as_transformers_5_writes_it(trained):
     """Transformers 5 has `rope_parameters` in place of `rope_theta`.
 
@@ -218,6 +238,7 @@ def test_what_llama_has_not_is_refused_by_name(key, options):
         ("rope_scaling", {"rope_type": "linear", "factor": 2.0}),
         ("rope_scaling", {"type": "linear", "factor": 2.0}),
         ("rope_scaling", {"type": "linear", "rope_type": "default", "factor": 2.0}),
+        ("rope_scaling", {"type": "linear", "rope_type": "llama3", "factor": 2.0}),
         ("rope_parameters", {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}),
         ("mlp_bias", True),
         ("quantization_config", {"quant_method": "fp8"}),

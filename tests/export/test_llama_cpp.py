@@ -277,17 +277,39 @@ def test_other_tokenizers_are_refused_by_name(tokenizer, dataset, trained):
         check(config, tokenizer, "float32")
 
 
+LLAMA3 = {
+    "type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
 @pytest.mark.parametrize(
-    "feed_forward, words",
+    "section, options, words",
     [
-        ({"ffn_type": "mptglu", "ffn_act_fn": {"name": "gelu"}}, "ffn_act_fn: gelu with ffn_type: mptglu (only silu)"),
-        ({"ffn_type": "mptglu", "ffn_act_fn": {"name": "quick_gelu"}}, "quick_gelu with ffn_type: mptglu (only silu)"),
-        ({"ffn_act_fn": {"name": "relu"}}, "relu with ffn_type: mptmlp (only quick_gelu or silu or gelu)"),
+        (
+            "ffn_config",
+            {"ffn_type": "mptglu", "ffn_act_fn": {"name": "gelu"}},
+            "ffn_act_fn: gelu with ffn_type: mptglu (only silu)",
+        ),
+        (
+            "ffn_config",
+            {"ffn_type": "mptglu", "ffn_act_fn": {"name": "quick_gelu"}},
+            "quick_gelu with ffn_type: mptglu (only silu)",
+        ),
+        (
+            "ffn_config",
+            {"ffn_act_fn": {"name": "relu"}},
+            "relu with ffn_type: mptmlp (only quick_gelu or silu or gelu)",
+        ),
+        ("attn_config", {"rope_hf_config": LLAMA3}, 'model.attn_config.rope_hf_config.type: "llama3"; export with'),
     ],
 )
-def test_a_feed_forward_layer_that_llama_cpp_has_not_is_refused_by_name(feed_forward, words, tokenizer):
+def test_what_is_not_written_for_llama_cpp_is_refused_by_name(section, options, words, tokenizer):
     """llama.cpp would compute another function without an error."""
-    config = hf_config(build(vocab_size=VOCABULARY, ffn_config=feed_forward).model.config)
+    config = hf_config(build(vocab_size=VOCABULARY, **{section: options}).model.config)
     with pytest.raises(ValueError) as refusal:
         check(config, tokenizer, "float32")
     assert words in str(refusal.value)
