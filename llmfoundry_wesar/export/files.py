@@ -72,7 +72,10 @@ def _build(path: str | Path, checkpoint: Checkpoint) -> WeSaRMPTForCausalLM:
         if config.get("model_type") in ("arcee", "llama"):
             config, weights = from_llama(config, weights)
         if config.get("model_type") != "mpt":
-            raise ValueError(f"model_type: {config.get('model_type')} must be arcee, llama or mpt.")
+            raise ValueError(
+                f"model_type: {config.get('model_type')} must be arcee, llama or mpt; for another Hugging Face model "
+                "hf_checkpointer writes the folder, and lm_eval scores it."
+            )
         # This attention needs neither a GPU nor another package; foundry's own exports set it too.
         attention = {**config["attn_config"], "attn_impl": "torch"}
         mpt_config = WeSaRMPTConfig.from_dict({**config, "attn_config": attention})
