@@ -68,11 +68,17 @@ def find_role(path: str, roles: Mapping[str, Role] = ROLES) -> Role | None:
 def role_name(path: str) -> str:
     """Return the paper's name of the matrix at a module's path; without a role, the last part of the path.
 
+    The two matrices of a LoRA, as peft names them, have the name of the matrix that they are added to.
+
     >>> role_name("model.layers.0.self_attn.q_proj"), role_name("model.layers.0.adapter")
     ('W_q', 'adapter')
+    >>> role_name("model.layers.0.self_attn.q_proj.lora_A.default")
+    'W_q.lora_A'
     """
+    path, lora, rest = path.partition(".lora_")
+    path = path.removesuffix(".base_layer")
     role = find_role(path)
-    return role.name if role else path.rpartition(".")[2]
+    return (role.name if role else path.rpartition(".")[2]) + lora + rest.partition(".")[0]
 
 
 def block_index(path: str) -> int | None:

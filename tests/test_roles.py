@@ -25,6 +25,16 @@ def test_values_are_grouped_by_the_papers_names():
     assert by_role({}) == {}
 
 
+def test_matrices_of_a_lora_have_the_name_of_the_one_that_they_change():
+    q_proj = f"base_model.{LLAMA}.0.self_attn.q_proj"
+    values = {f"{q_proj}.base_layer": 1.0, f"{q_proj}.lora_A.default": 2.0, f"{q_proj}.lora_B.default": 3.0}
+    assert {role: found["max"] for role, found in by_role(values).items()} == {
+        "W_q": 1.0,
+        "W_q.lora_A": 2.0,
+        "W_q.lora_B": 3.0,
+    }
+
+
 def test_a_nan_in_one_block_is_not_hidden():
     values = {f"{MPT}.{block}.attn.Wq": value for block, value in enumerate([1.0, math.nan, 2.0])}
     assert all(map(math.isnan, by_role(values)["W_q"].values()))
