@@ -96,6 +96,8 @@ def check_config(config: Mapping[str, Any], model: nn.Module) -> WeSaRAdamW | No
     """
     _check_lengths(config)
     _check_warmup(config)
+    if any(config["model"].get(key) for key in ("peft_config", "pretrained_lora_id_or_path")):
+        return None  # the model lacks the adapters, which peft adds later, so names cannot be looked for
     _check_callbacks(config, model)
     return _check_optimizer(config.get("optimizer"), model)
 

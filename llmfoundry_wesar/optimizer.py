@@ -230,12 +230,15 @@ class WeSaRAdamW(torch.optim.AdamW):
             if dist.get_world_size() > 1:
                 dist.all_reduce(sums)  # replicated entries are counted several times, but equally in both sums
             starts = dict(zip(gated, (sums[0] / sums[1]).sqrt().div(self.sigma).tolist(), strict=True))
-        for parameter, gate in starts.items():
-            if not 0 < gate < math.inf:
-                raise ValueError(
-                    f"wesar_adamw: the initial gate of {self._name(parameter)} is rms(V)/σ = {gate:g}, which cannot be "
-                    "trained; initialise the matrix, or set optimizer.gated to an expression that does not match it."
-                )
+        if wrong := {self._name(parameter): gate for parameter, gate in starts.items() if not 0 < gate < math.inf}:
+            listed = "; ".join(f"{name}: {gate:g}" for name, gate in itertools.islice(wrong.items(), 8))
+            fix = "initialise the matrix, or set optimizer.gated to an expression that does not match it"
+            if all(".lora_B." in name for name in wrong):
+                fix = "set optimizer.gated: lora_A, so that LoRA's B, which starts at 0, has no gate"
+            raise ValueError(
+                f"wesar_adamw: {len(wrong)} initial gates rms(V)/σ cannot be trained ({listed}"
+                f"{'; …' if len(wrong) > 8 else ''}); {fix}."
+            )
         for parameter in new:
             gate = starts.get(parameter)
             self.state[parameter] = _state(

@@ -15,6 +15,7 @@ from torch import nn
 
 from llmfoundry_wesar.hf_model import ComposerWeSaRHFCausalLM, role_init
 from llmfoundry_wesar.losses import cross_entropy
+from llmfoundry_wesar.methods import expand
 from tests.distributed import REPOSITORY
 from tests.tiny import within_sampling_error
 
@@ -189,6 +190,14 @@ def test_a_matrix_of_unknown_role_is_named_with_the_key_that_gives_it_one():
 def test_a_wrong_section_is_refused_by_key(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         build(saved(tmp_path, "Llama"), **changes)
+
+
+def test_names_of_adapters_are_not_looked_for_in_the_model_without_them(tmp_path):
+    model = {"name": "wesar_hf_causal_lm", "pretrained_model_name_or_path": saved(tmp_path, "Llama")}
+    config = {"optimizer": {"name": "wesar_adamw", "gated": "lora_A"}}
+    with pytest.raises(ValueError, match=r"optimizer.gated: 'lora_A' matches no trained parameter"):
+        expand({"model": model, **config})
+    expand({"model": {**model, "peft_config": {"peft_type": "LORA"}}, **config})
 
 
 def test_z_loss_is_that_of_our_cross_entropy(tmp_path):

@@ -315,9 +315,11 @@ def test_wrong_options_are_refused(options, message):
 def test_parameters_that_cannot_have_a_gate_are_refused():
     with pytest.raises(ValueError, match=r"of torch.bfloat16 parameters.*amp_bf16"):
         WeSaRAdamW([nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))])
-    zeros = nn.Parameter(torch.zeros(2, 2))
-    with pytest.raises(ValueError, match=r"the initial gate of a.weight is .* = 0, which cannot be trained"):
-        WeSaRAdamW([("a.weight", zeros)]).gates()
+    zeros = [nn.Parameter(torch.zeros(2, 2)) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"2 initial gates .* \(a.weight: 0; b.weight: 0\); initialise the matrix"):
+        WeSaRAdamW([("a.weight", zeros[0]), ("c.weight", matrix()), ("b.weight", zeros[1])]).gates()
+    with pytest.raises(ValueError, match=r"1 initial gates .*lora_B.default.weight: 0\); set optimizer.gated: lora_A"):
+        WeSaRAdamW([("q.lora_A.default.weight", matrix()), ("q.lora_B.default.weight", zeros[0])]).gates()
     with pytest.raises(ValueError, match="the default matches no trained parameter"):
         WeSaRAdamW([nn.Parameter(torch.ones(3))]).gates()
     with pytest.raises(ValueError, match=r"gated: 'up' needs the names of the parameters; pass model.named_param"):
