@@ -70,6 +70,12 @@ def test_the_stock_models_tied_embeddings_are_refused_the_scale_of_one():
         expand(config | {"model": config["model"] | fix})
 
 
+@pytest.mark.parametrize("variables", [{"method": "wesar_adamw"}, {"setting": "rapid"}])
+def test_the_stock_hugging_face_model_takes_no_method_or_setting(variables):
+    with pytest.raises(ValueError, match=r"model.name: 'hf_causal_lm' does not take .* set it to wesar_hf_causal_lm"):
+        expand({"variables": variables, "model": {"name": "hf_causal_lm"}})
+
+
 WRITTEN = {"param_dtype": "bf16", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
 
 

@@ -49,8 +49,17 @@ def _without_nulls(config: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _check_stock_model(config: dict[str, Any]) -> None:
-    """Refuse a too large `emb_init_std` for foundry's own MPT with tied embeddings, which does not check it."""
+    """Refuse what foundry's own models would not check, or would refuse in words that name no key of the config.
+
+    That is a method or setting for `hf_causal_lm`, and a too large `emb_init_std` for an MPT with tied embeddings.
+    """
     model = config.get("model") or {}
+    if model.get("name") == "hf_causal_lm":
+        raise ValueError(
+            "model.name: 'hf_causal_lm' does not take the keys that variables.method and variables.setting add to "
+            "`model`; set it to wesar_hf_causal_lm, or remove these variables. For gates in the optimizer alone, "
+            "`optimizer: {name: wesar_adamw, sigma: …}` suffices."
+        )
     if model.get("name") == "mpt_causal_lm" and model.get("tie_word_embeddings", True):
         std = (model.get("init_config") or {}).get("emb_init_std")
         check_tied_embedding(std, model.get("d_model", MPTConfig().d_model), "model.tie_word_embeddings")
