@@ -329,7 +329,7 @@ def test_a_folder_in_several_files_is_read_by_its_index(exported, trained, tmp_p
     """Other files in the folder do not belong to the model, whatever names their tensors have. A message names them."""
     folder = _sharded_folder(exported, tmp_path / "sharded")
     assert_same_logits(logits(load(folder)[0], trained["wesar"].ids), trained["wesar"].logits, FLOAT32)
-    assert not caplog.messages
+    assert "ignored:" not in caplog.text
     stale = {name: torch.zeros_like(w) for name, w in load_file(exported["wesar"] / "model.safetensors").items()}
     save_file(stale, folder / "z-stale.safetensors")
     assert_same_logits(logits(load(folder)[0], trained["wesar"].ids), trained["wesar"].logits, FLOAT32)
