@@ -1,7 +1,9 @@
 import copy
+import re
 
 import pytest
 from llmfoundry.command_utils import train_from_yaml
+from omegaconf import OmegaConf
 
 from llmfoundry_wesar.methods import expand, load, names
 from tests.distributed import REPOSITORY
@@ -58,6 +60,38 @@ def test_a_method_replaces_what_the_setting_says_and_the_run_what_both_say():
     assert expanded["optimizer"]["name"] == "wesar_adamw" and expanded["optimizer"]["lr"] == 1e-3
     assert expanded["optimizer"]["max_norm"] is None
     assert expand({"variables": {"method": "wesar", "setting": "rapid"}})["optimizer"]["name"] == "adamw"
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "message"),
+    [
+        (
+            "small_init",
+            {"fc_type": {"name": "wesar"}, "init_config": {"name": "wesar_", "sigma": 0.1, "backbone": "he"}},
+            "than model.fc_type.name: wesar, model.init_config.name: wesar_, .* model.fc_type and model.init_config",
+        ),
+        (
+            "weight_norm",
+            {"fc_type": "wesar"},
+            "than model.fc_type.name: wesar, which would win; remove model.fc_type, or",
+        ),
+        ("wesar", {"fc_type": "torch"}, "than model.fc_type.name: torch"),
+        ("wesar_small", {"init_config": {"backbone": "he"}}, "than model.init_config.backbone: he"),
+        ("wesar_adamw", {"init_config": {"name": "small_init_"}}, "than model.init_config.name: small_init_"),
+    ],
+)
+def test_keys_of_another_method_are_refused(method, model, message):
+    """Else a config with WeSaR's layers would train WeSaR under the name of every other method."""
+    with pytest.raises(ValueError, match=rf"variables.method: {method} has other layers .* {message}"):
+        expand({"variables": {"method": method}, "model": model})
+    expand({"model": model})
+
+
+def test_keys_that_a_method_has_too_are_its_own():
+    readme = OmegaConf.create(re.findall("```yaml\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)[1])
+    model = OmegaConf.to_container(readme.model)
+    for method in ("wesar", "wesar_fixed"):
+        expand({"variables": {"method": method}, "model": model}, check_keys=False)
 
 
 def test_the_stock_models_tied_embeddings_are_refused_the_scale_of_one():

@@ -7,6 +7,7 @@ setting's key. A file may extend another one (`extends`).
 
 import difflib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,35 @@ def _without_nulls(config: dict[Any, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if value is not None
     }
+
+
+def _marks(model: Any) -> dict[str, str]:
+    """Return those keys of a `model` section that tell methods apart."""
+    marks = {}
+    for section, key in (("fc_type", "name"), ("init_config", "name"), ("init_config", "backbone")):
+        value = model.get(section) if isinstance(model, Mapping) else None
+        value = {"name": value} if isinstance(value, str) else value
+        if isinstance(value, Mapping) and value.get(key) is not None:
+            marks[f"{section}.{key}"] = value[key]
+    return marks
+
+
+def _check_method(config: Mapping[str, Any], method: str) -> None:
+    """Refuse a config whose own keys are those of another method, since they would win, and the run's name be wrong."""
+    known = {name: {"fc_type.name": "torch"} | _marks(load("method", name).get("model")) for name in names("method")}
+    wanted = known[method]
+    wrong = {
+        mark: value
+        for mark, value in _marks(config.get("model")).items()
+        if value != wanted.get(mark, value) and any(value == marks.get(mark) for marks in known.values())
+    }
+    if wrong:
+        found = ", ".join(f"model.{mark}: {value}" for mark, value in wrong.items())
+        sections = " and ".join(dict.fromkeys("model." + mark.partition(".")[0] for mark in wrong))
+        raise ValueError(
+            f"variables.method: {method} has other layers or another initialisation than {found}, which would win; "
+            f"remove {sections}, or variables.method."
+        )
 
 
 def _check_stock_model(config: dict[str, Any]) -> None:
@@ -166,15 +196,17 @@ def expand(config: dict[str, Any], check_data: bool = True, check_keys: bool = T
         The expanded config.
 
     Raises:
-        ValueError: If the method or setting is not known, a folder is missing, FSDP1 would round buffers,
-            `mpt_causal_lm` has tied embeddings with a too large `emb_init_std`, or a key or value of a config with a
-            model of ours is refused.
+        ValueError: If the method or setting is not known, the config has keys of another method, a folder is missing,
+            FSDP1 would round buffers, `mpt_causal_lm` has tied embeddings with a too large `emb_init_std`, or a key or
+            value of a config with a model of ours is refused.
     """
     variables = config.get("variables") or {}
     if not isinstance(variables, dict):
         raise ValueError(f"variables: {variables!r} is not a mapping; write `variables: {{name: value}}`.")
     _check_variables(variables)
     defaults = [load(kind, variables[kind]) for kind in _FOLDERS if variables.get(kind) is not None]
+    if variables.get("method") is not None:
+        _check_method(config, variables["method"])
     expanded = _with_optimizer_gates(_merge(defaults, config) if defaults else config)
     _check_buffers(expanded)
     if defaults:
