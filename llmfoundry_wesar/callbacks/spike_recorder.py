@@ -21,11 +21,10 @@ from llmfoundry_wesar.callbacks.measurement import StepMeasurement, trainable_ma
 from llmfoundry_wesar.export.folders import whole
 from llmfoundry_wesar.figures import pixels
 from llmfoundry_wesar.sharded import sum_over_ranks
-from llmfoundry_wesar.spikes import FOLDER, QUANTITIES, Record, cause, draw_spike, headline, jumped, write
+from llmfoundry_wesar.spikes import FOLDER, JUMP_WINDOW, QUANTITIES, Record, cause, draw_spike, headline, jumped, write
 
 log = logging.getLogger(__name__)
 
-_HISTORY = 101  # losses, with 100 differences between them
 # The losses that the trainer logs: the cross-entropy if the loss has several terms, else the loss.
 _LOSSES = ("loss/train/loss", "loss/train/total")
 
@@ -58,8 +57,8 @@ class SpikeRecorder(IntervalCallback):
     transfer. The loss is the one that the trainer has already averaged over ranks and read.
 
     The loss jumps if it is above the median of the 16 losses before by more than `nats` and by more than `deviations`
-    standard deviations of the last 100 differences between successive losses; or if it is no longer finite. Then the
-    folder ``<folder>/<step>`` is written, and again when `after` more steps have been recorded:
+    standard deviations of the differences between these losses; or if it is no longer finite. Then the folder
+    ``<folder>/<step>`` is written, and again when `after` more steps have been recorded:
 
     - ``matrices.csv``: all values, a row for each step and matrix.
     - ``report.md``: the step, the losses, the learning rate, the batch, and the matrices in the order in which they
@@ -103,7 +102,7 @@ class SpikeRecorder(IntervalCallback):
                 raise ValueError(f"{self.key(key)}: {value!r} is not a number of at least 0.")
         self.window, self.after, self.deviations, self.nats, self.most = window, after, deviations, nats, most
         self.folder = folder
-        self._losses: deque[float] = deque(maxlen=_HISTORY + 1)
+        self._losses: deque[float] = deque(maxlen=JUMP_WINDOW + 1)
         self._steps: deque[_Step] = deque(maxlen=window + after + 1)
         self._batches: deque[tuple[int, Any]] = deque(maxlen=2)
         self._measurement: StepMeasurement | None = None  # of the last step that was due
