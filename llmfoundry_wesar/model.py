@@ -322,6 +322,10 @@ class WeSaRMPTForCausalLM(MPTForCausalLM):
 
     def __init__(self, config: WeSaRMPTConfig):
         super().__init__(config)
+        if config.attn_config["rope"]:
+            # Foundry makes it a unit of FSDP, though it has no parameters. Every block calls it, and the hooks would
+            # break each block's graph under torch.compile.
+            self.transformer.rotary_embedding._fsdp_wrap = False  # type: ignore[assignment]
         if self.lm_head is not None:
             options = {**config.fc_type, "bias": False, "device": config.init_device}
             del options["name"]
