@@ -55,16 +55,15 @@ def _block(model: Mapping[str, Any], compiled: bool) -> float:
     """Return the bytes that a block keeps for each token, under autocast to bfloat16 and with fused attention.
 
     The residual stream is float32. A block keeps the inputs of both norms (4d each), the bfloat16 inputs of W_q, W_k,
-    W_v and W_u (2d each), queries, keys, values and the attention's output (2 bytes an entry), and the hidden values of
-    the feed-forward layer before and after the activation. A compiled block computes the inputs of W_q, W_k and W_v
-    again.
+    W_v and W_u (2d each), queries, keys, values and the attention's output (2 bytes an entry; keys and values of all
+    heads, because grouped ones are repeated), and the hidden values of the feed-forward layer before and after the
+    activation. A compiled block computes the inputs of W_q, W_k and W_v again.
     """
-    d, attention = model["d_model"], model.get("attn_config") or {}
-    heads = attention.get("kv_n_heads") or model["n_heads"]
-    values = d * heads / model["n_heads"]
-    glu = (model.get("ffn_config") or {}).get("ffn_type") == "mptglu"
-    hidden = model.get("expansion_ratio", 4) * d
-    return 4 * d + (0 if compiled else 6 * d) + 2 * (2 * d + 2 * values) + 6 * d + 2 * hidden * (4 if glu else 2)
+    d, ffn = model["d_model"], model.get("ffn_config") or {}
+    width = model["n_heads"] * (model.get("head_dim") or d // model["n_heads"])
+    hidden = ffn.get("ffn_hidden_size") or model.get("expansion_ratio", 4) * d
+    values = 4 if ffn.get("ffn_type") == "mptglu" else 2
+    return 4 * d + (0 if compiled else 6 * d) + 2 * 4 * width + 6 * d + 2 * hidden * values
 
 
 def estimate(config: Mapping[str, Any], parameters: int, gpus: int) -> Memory:

@@ -53,6 +53,23 @@ def test_the_estimates_of_whole_configs_are_those_of_the_docs(size, gpus, overri
     assert memory(size, gpus, *overrides).peak == pytest.approx(peak, abs=0.05)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "entries"),
+    [
+        # Keys and values are repeated for all heads; of an entry 2 bytes are kept.
+        (["model.attn_config={attn_type: grouped_query_attention, kv_n_heads: 2}"], 0),
+        (["model.head_dim=128"], 4 * 12 * (128 - 64)),
+        (["model.ffn_config={ffn_type: mptmlp, ffn_hidden_size: 4096}"], 2 * (4096 - 3072)),
+    ],
+)
+def test_sizes_of_heads_and_feed_forward_layers_count(overrides, entries):
+    """By hand: 130M has 12 heads of 64 and a hidden size of 3072. The number of parameters is held fixed."""
+    plain, other = (load_config("yamls/130m.yaml", ["compile_config=null", *more]) for more in ([], overrides))
+    tokens = plain["device_train_microbatch_size"] * 2048
+    more = estimate(other, 10**8, 1).activations - estimate(plain, 10**8, 1).activations
+    assert more * 2**30 == pytest.approx(12 * tokens * 2 * entries)
+
+
 def test_the_papers_configs_fit_and_what_does_not_is_said():
     """13B has 155 GB of weights and moments, 12 bytes a parameter, over 64 GPUs. It fits only with checkpointing."""
     assert all(memory(size, gpus).fits for size, gpus in {"130m": 8, "1.3b": 8, "13b": 64}.items())
