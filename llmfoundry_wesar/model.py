@@ -162,6 +162,14 @@ class WeSaRMPTConfig(MPTConfig):
                 f"model.fc_type.name: {self.fc_type['name']!r} is not one of {', '.join(sorted(fcs.get_all()))}."
             )
         self._check_fc_options()
+        if self.ffn_config["ffn_type"] in ffns_with_megablocks:
+            for key in ("z_loss", "fused_loss"):
+                if getattr(self, key):
+                    raise ValueError(
+                        f"model.{key}: {getattr(self, key)} does not work with ffn_type: "
+                        f"{self.ffn_config['ffn_type']}, whose loss has a term for the load of its experts; set it to "
+                        f"{'0' if key == 'z_loss' else 'false'}."
+                    )
         if self.fused_loss:
             for key in ("tie_word_embeddings", "logit_scale", "final_logit_softcapping"):
                 if getattr(self, key):

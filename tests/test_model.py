@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llmfoundry_wesar.layers import Gated, Reparameterized
 from llmfoundry_wesar.methods import load, names
-from llmfoundry_wesar.model import ComposerWeSaRMPTCausalLM
+from llmfoundry_wesar.model import ComposerWeSaRMPTCausalLM, WeSaRMPTConfig
 from tests.tiny import PAPER_SIGMA, batch, build, model_config
 
 PLAIN = {"init_config": {"name": "small_init_"}}
@@ -280,6 +280,15 @@ def test_wesar_can_have_its_embedding_scale_in_a_constant():
 def test_embedding_scaling_needs_a_known_scale():
     with pytest.raises(ValueError, match=r"embedding_scaling: true needs σ_e, .* kaiming_normal_"):
         build(None, embedding_scaling=True)
+
+
+@pytest.mark.parametrize(("key", "value", "fix"), [("z_loss", 1e-4, "0"), ("fused_loss", True, "false")])
+def test_the_loss_of_megablocks_keeps_its_term_for_the_experts(key, value, fix, monkeypatch):
+    """Our loss would leave it out. The package need not be installed: another mixture of experts takes its place."""
+    monkeypatch.setattr("llmfoundry_wesar.model.ffns_with_megablocks", ["torch_dmoe"])
+    options = {**model_config("small_init"), "ffn_config": {"ffn_type": "torch_dmoe"}}
+    with pytest.raises(ValueError, match=rf"model.{key}: {value} does not work with ffn_type: .* set it to {fix}\."):
+        WeSaRMPTConfig(**{**options, "z_loss": 0.0, key: value})
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused():
