@@ -38,7 +38,8 @@ class WeSaRAdamW(torch.optim.AdamW):
     There are two differences to gated layers. α is kept at or above 1% of α₀ (`held`), because at α = 0 the matrix V
     would stay 0; a gated layer's α can change its sign. And α₀ is measured on the initial matrix, not computed.
 
-    A step changes no gradients and does not wait for the device. If parameters are sharded, it makes one all-reduce.
+    A step changes no gradients and, once the gates are initialised, does not wait for the device. If parameters are
+    sharded, it makes one all-reduce.
 
     Args:
         params: As for every optimizer of torch. `gated` needs names: pass `model.named_parameters()`, or call `bind`.

@@ -48,8 +48,9 @@ class OptimizerGates(IntervalCallback):
             optimizer.bind(state.model)
             if state.timestamp.batch.value > 0 and not optimizer.state:
                 raise ValueError(
-                    f"load_path: the checkpoint has {state.timestamp.batch.value} steps of another optimizer than "
-                    "wesar_adamw; set load_weights_only: true to initialise the gates from its weights."
+                    f"load_path: the checkpoint has {state.timestamp.batch.value} steps, but no state of wesar_adamw: "
+                    "it is of another optimizer, or load_ignore_keys leaves the state out. Set load_weights_only: true "
+                    "to initialise the gates from the weights."
                 )
             optimizer.gates()
 
