@@ -96,7 +96,7 @@ def train_each(data: Path, folder: Path, runs: dict[str, list[str]]) -> tuple[di
     return logged, sum(counters["graph_break"].values()), counters["stats"]["calls_captured"]
 
 
-def test_two_fsdp2_processes_train_as_one_with_fused_adamw_compiled_and_with_a_small_eval_set(dataset, tmp_path):
+def test_two_fsdp2_processes_train_as_one_with_the_options_of_the_papers_yamls_and_a_small_eval_set(dataset, tmp_path):
     """One job tests all of these options. The tolerance has the reason given in test_training.
 
     Fused AdamW: one of the two processes holds an empty shard of every gate. Eval set: three sequences are fewer than
@@ -111,7 +111,12 @@ def test_two_fsdp2_processes_train_as_one_with_fused_adamw_compiled_and_with_a_s
     four = ["eval_interval=1dur", "eval_loader.dataset.split=four", "optimizer.fused=true"]
     one = train(dataset, tmp_path / "one", *four)
     assert_same({key: pairs for key, pairs in one.items() if key != HELD_OUT}, plain, 1e-5)
-    runs = {"eager": [*SHARDED, *few], "compiled": [*SHARDED, *few, *FAST]}
+    checkpointed = ["fsdp_config.sharding_strategy=FULL_SHARD", "fsdp_config.activation_checkpointing=true"]
+    runs = {
+        "eager": [*SHARDED, *few],
+        "checkpointed": [*SHARDED, *few, *FAST, *checkpointed],
+        "compiled": [*SHARDED, *few, *FAST],
+    }
     logged, breaks, operators = launch(train_each, dataset, tmp_path / "two", runs, timeout=600)[0]
     for two in logged.values():
         assert_same(two, one, 5e-5)
