@@ -91,8 +91,10 @@ def estimate(config: Mapping[str, Any], parameters: int, gpus: int) -> Memory:
     d, layers, vocabulary = model["d_model"], model["n_layers"], model["vocab_size"]
     tokens = microbatch * config["max_seq_len"]
     shards = gpus if fsdp else 1
-    block = _block(model, compiled=config.get("compile_config") is not None)
-    kept = (layers * 4 * d + block) if fsdp.get("activation_checkpointing") else layers * block
+    checkpointing = bool(fsdp.get("activation_checkpointing"))
+    # Composer compiles nothing within checkpointed blocks.
+    block = _block(model, compiled=config.get("compile_config") is not None and not checkpointing)
+    kept = (layers * 4 * d + block) if checkpointing else layers * block
     # Also the output of W_e, the input of the last norm, and the bfloat16 input of W_p.
     activations = tokens * (kept + 10 * d)
     logits = 4.0 * tokens * vocabulary
