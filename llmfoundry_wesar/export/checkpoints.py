@@ -11,6 +11,7 @@ import re
 import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import IO, Any
 from zipfile import ZipFile
@@ -30,6 +31,14 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.torch_version import TorchVersion
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+
+def _enum_member(enum: Any, name: str) -> Enum:
+    """Stand in for `getattr`, by which Python 3.11.2, for one, pickles the members of an enum."""
+    if not (isinstance(enum, type) and issubclass(enum, Enum)):
+        raise pickle.UnpicklingError("loading builtins.getattr could run code")
+    return enum[name]
+
+
 # Classes that Composer and foundry save besides tensors and plain containers: times, numpy's random state, torch's
 # version, and the states of foundry's callbacks. None of them runs code when it is loaded.
 _PLAIN_CLASSES: list[Any] = [
@@ -44,6 +53,7 @@ _PLAIN_CLASSES: list[Any] = [
     np.dtype,
     type(np.dtype(np.uint32)),
     # The function that rebuilds an array; its module differs between numpy 1 and numpy 2.
+    (_enum_member, "builtins.getattr"),
     *((np.empty(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
 ]
 _METADATA_CLASSES = {
@@ -226,6 +236,8 @@ def _read_whole(path: Path) -> Any:
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         if (module, name) in _METADATA_CLASSES or (
             module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         ):

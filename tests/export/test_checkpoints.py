@@ -4,6 +4,7 @@ import os
 import pickle
 import shutil
 import zipfile
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,31 @@ def test_the_states_of_composers_and_foundrys_callbacks_are_read(trained, tmp_pa
     }
     torch.save(state, tmp_path / "latest.pt")
     assert read_checkpoint(tmp_path / "latest.pt").progress.batches == 4
+
+
+class _Attribute:
+    def __reduce__(self):
+        return getattr, (torch.Size, "numel")
+
+
+def test_enums_are_read_as_python_3_11_2_writes_them(trained, sharded, tmp_path, monkeypatch):
+    """Debian 12 has this Python. It pickles a member of an enum as `getattr(enum, name)`. Other uses are refused."""
+    state = torch.load(find_checkpoint(trained["wesar"].folder), weights_only=False)
+    state["state"]["callbacks"] = {"Timed": {"last": Time(3, "tok")}}
+    folder = shutil.copytree(sharded["wesar"].folder / "ep0-ba4", tmp_path / "sharded")
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    monkeypatch.setattr(Enum, "__reduce_ex__", lambda member, protocol: (getattr, (type(member), member.name)))
+    torch.save(state, tmp_path / "whole.pt")
+    (folder / ".metadata").write_bytes(pickled := pickle.dumps(metadata))
+    assert b"getattr" in pickled
+    for path in (tmp_path / "whole.pt", folder):
+        assert read_checkpoint(path).progress.batches == 4
+    (folder / ".metadata").write_bytes(pickle.dumps(_Attribute()))
+    with pytest.raises(ValueError, match=r"builtins\.getattr could run code"):
+        read_checkpoint(folder)
+    torch.save({"state": {"model": _Attribute()}}, tmp_path / "hostile.pt")
+    with pytest.raises(ValueError, match=r"hostile\.pt: not a checkpoint"):
+        read_checkpoint(tmp_path / "hostile.pt")
 
 
 def test_a_folder_means_its_latest_checkpoint(trained, sharded, tmp_path):
