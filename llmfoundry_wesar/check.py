@@ -96,10 +96,10 @@ def check_config(config: Mapping[str, Any], model: nn.Module) -> WeSaRAdamW | No
     """
     _check_lengths(config)
     _check_warmup(config)
-    if any(config["model"].get(key) for key in ("peft_config", "pretrained_lora_id_or_path")):
-        return None  # the model lacks the adapters, which peft adds later, so names cannot be looked for
-    _check_callbacks(config, model)
-    return _check_optimizer(config.get("optimizer"), model)
+    # The model lacks adapters, which peft adds later. So with them no names can be looked for.
+    adapters = any(config["model"].get(key) for key in ("peft_config", "pretrained_lora_id_or_path"))
+    _check_callbacks(config, model, adapters)
+    return _check_optimizer(config.get("optimizer"), model, adapters)
 
 
 def _check_lengths(config: Mapping[str, Any]) -> None:
@@ -140,7 +140,7 @@ def _check_warmup(config: Mapping[str, Any]) -> None:
         )
 
 
-def _check_callbacks(config: Mapping[str, Any], model: nn.Module) -> None:
+def _check_callbacks(config: Mapping[str, Any], model: nn.Module, adapters: bool) -> None:
     callbacks = config.get("callbacks")
     if not isinstance(callbacks, Mapping | None):
         raise ValueError(f"callbacks: {callbacks!r} is not a mapping; write `callbacks: {{name: {{key: value}}}}`.")
@@ -158,7 +158,7 @@ def _check_callbacks(config: Mapping[str, Any], model: nn.Module) -> None:
                 fix = did_you_mean(str(key), known, "remove it.")
                 raise ValueError(f"callbacks.{name}.{key}: {value!r} is not an option of {name}; {fix}")
         callback = cls(**(options or {}))
-        if isinstance(callback, UpdateRatioMonitor):
+        if isinstance(callback, UpdateRatioMonitor) and not adapters:
             named = [(name, p) for name, p in model.named_parameters() if p.ndim > 1 and p.requires_grad]
             callback.check([module_path(f"model.{name}") for name, _ in named])
     check_power_iteration(model, "power_iteration" in callbacks)
@@ -169,7 +169,7 @@ def _check_callbacks(config: Mapping[str, Any], model: nn.Module) -> None:
         )
 
 
-def _check_optimizer(optimizer: Any, model: nn.Module) -> WeSaRAdamW | None:
+def _check_optimizer(optimizer: Any, model: nn.Module, adapters: bool) -> WeSaRAdamW | None:
     if not isinstance(optimizer, Mapping) or "name" not in optimizer:
         raise ValueError(f"optimizer: {optimizer!r} is not a mapping with a `name`.")
     options = copy.deepcopy(dict(optimizer))
@@ -200,9 +200,11 @@ def _check_optimizer(optimizer: Any, model: nn.Module) -> WeSaRAdamW | None:
         raise ValueError(f"optimizer.disable_grad: {frozen!r} is not a regular expression or a list of them.")
     for pattern in [frozen] if isinstance(frozen, str) else frozen:
         _check_pattern("disable_grad", pattern)
-        if not any(re.search(pattern, f"model.{parameter}") for parameter, _ in model.named_parameters()):
+        if not adapters and not any(
+            re.search(pattern, f"model.{parameter}") for parameter, _ in model.named_parameters()
+        ):
             raise ValueError(f"optimizer.disable_grad: {pattern!r} fits no parameter; correct or remove it.")
-    return _built(name, options, groups, model)
+    return None if adapters else _built(name, options, groups, model)
 
 
 def _check_pattern(key: str, pattern: Any) -> None:

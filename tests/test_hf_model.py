@@ -197,7 +197,12 @@ def test_names_of_adapters_are_not_looked_for_in_the_model_without_them(tmp_path
     config = {"optimizer": {"name": "wesar_adamw", "gated": "lora_A"}}
     with pytest.raises(ValueError, match=r"optimizer.gated: 'lora_A' matches no trained parameter"):
         expand({"model": model, **config})
-    expand({"model": {**model, "peft_config": {"peft_type": "LORA"}}, **config})
+    model |= {"peft_config": {"peft_type": "LORA"}, "z_loss": 1e-4}
+    expand({"model": model, **config})
+    with pytest.raises(ValueError, match=r"optimizer.sgima: 0.1 is not an option of wesar_adamw; did you mean sigma"):
+        expand({"model": model, "optimizer": {"name": "wesar_adamw", "sgima": 0.1}})
+    with pytest.raises(ValueError, match=r"callbacks.kill_loss_spike: .* set model.z_loss: 0"):
+        expand({"model": model, "callbacks": {"kill_loss_spike": {}}, **config})
 
 
 def test_z_loss_is_that_of_our_cross_entropy(tmp_path):
