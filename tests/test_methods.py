@@ -1,5 +1,4 @@
 import copy
-import re
 
 import pytest
 from llmfoundry.command_utils import train_from_yaml
@@ -7,6 +6,7 @@ from omegaconf import OmegaConf
 
 from llmfoundry_wesar.methods import expand, load, names
 from tests.distributed import REPOSITORY
+from tests.test_foundry_yamls import IN_LAYERS
 
 METHODS = [
     "embedding_detach",
@@ -88,8 +88,7 @@ def test_keys_of_another_method_are_refused(method, model, message):
 
 
 def test_keys_that_a_method_has_too_are_its_own():
-    readme = OmegaConf.create(re.findall("```yaml\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)[1])
-    model = OmegaConf.to_container(readme.model)
+    model = OmegaConf.to_container(OmegaConf.create(IN_LAYERS).model)
     for method in ("wesar", "wesar_fixed"):
         expand({"variables": {"method": method}, "model": model}, check_keys=False)
 

@@ -60,15 +60,17 @@ def _marks(model: Any) -> dict[str, str]:
     return marks
 
 
+def _marks_of(method: str) -> dict[str, str]:
+    return {"fc_type.name": "torch"} | _marks(load("method", method).get("model"))
+
+
 def _check_method(config: Mapping[str, Any], method: str) -> None:
     """Refuse a config whose own keys are those of another method, since they would win, and the run's name be wrong."""
-    known = {name: {"fc_type.name": "torch"} | _marks(load("method", name).get("model")) for name in names("method")}
-    wanted = known[method]
-    wrong = {
-        mark: value
-        for mark, value in _marks(config.get("model")).items()
-        if value != wanted.get(mark, value) and any(value == marks.get(mark) for marks in known.values())
-    }
+    wanted = _marks_of(method)
+    wrong = {mark: value for mark, value in _marks(config.get("model")).items() if value != wanted.get(mark, value)}
+    if wrong:  # a value that no method has is left to the checks of the model
+        known = [_marks_of(name) for name in names("method")]
+        wrong = {mark: value for mark, value in wrong.items() if any(value == marks.get(mark) for marks in known)}
     if wrong:
         found = ", ".join(f"model.{mark}: {value}" for mark, value in wrong.items())
         sections = " and ".join(dict.fromkeys("model." + mark.partition(".")[0] for mark in wrong))
