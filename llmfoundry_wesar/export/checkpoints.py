@@ -52,8 +52,8 @@ _PLAIN_CLASSES: list[Any] = [
     np.ndarray,
     np.dtype,
     type(np.dtype(np.uint32)),
-    # The function that rebuilds an array; its module differs between numpy 1 and numpy 2.
     (_enum_member, "builtins.getattr"),
+    # The function that rebuilds an array; its module differs between numpy 1 and numpy 2.
     *((np.empty(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
 ]
 _METADATA_CLASSES = {
