@@ -149,10 +149,10 @@ def _read_folder(path: Path) -> dict[str, Scalars]:
             for value in event.summary.value:
                 # At every evaluation Composer writes the last losses again as hparams/…, into another folder.
                 if value.HasField("simple_value") and not value.tag.startswith("hparams/"):
-                    for column, number in zip(
-                        points[value.tag], (event.wall_time, event.step, value.simple_value), strict=True
-                    ):
-                        column.append(number)
+                    times, steps, values = points[value.tag]
+                    times.append(event.wall_time)
+                    steps.append(event.step)
+                    values.append(value.simple_value)
         if points:
             runs[folder] = _join(folder, points)
     if not runs:
