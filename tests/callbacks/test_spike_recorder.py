@@ -7,6 +7,7 @@ import inspect
 import math
 import os
 import socket
+import sys
 import tarfile
 import typing
 from pathlib import Path
@@ -251,6 +252,7 @@ def test_a_slow_growth_is_told_from_that_of_the_learning_rate(rate, sentence):
     assert cause(spike).endswith(sentence)
 
 
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="it is known to spike on the modules of Python 3.11 only")
 def test_the_committed_config_spikes_and_its_matrices_moved_before(tmp_path):
     """AdamW makes this spike, nothing is injected. At β₂ = 0.95 there is none."""
     modules = (argparse, doctest, inspect, os, socket, tarfile, typing)

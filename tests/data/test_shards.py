@@ -425,16 +425,16 @@ def test_stdlib_gives_the_same_bytes_twice_and_through_the_command(tmp_path, mon
     """Timing of threads and the folder have no effect. The text is Python source."""
     monkeypatch.setattr(data_module, "TOKENIZER_BYTES", 500_000)  # of 10 MB, for speed
     monkeypatch.setattr(corpus_module, "BATCH_BYTES", 500_000)
-    options = {"vocab_size": 300, "sequence_length": LENGTH, "max_tokens": 20_000, "val_fraction": 0.1}
+    options = {"vocab_size": 300, "sequence_length": LENGTH, "max_tokens": 20_000, "val_fraction": 0.3}
     counts = prepare(tmp_path / "one", ["stdlib"], **options)
     assert counts["train"] == 625
     flags = ["--source", "stdlib", "--vocab-size", "300", "--sequence-length", str(LENGTH)]
-    flags += ["--max-tokens", "20K", "--val-fraction", "0.1"]
+    flags += ["--max-tokens", "20K", "--val-fraction", "0.3"]
     result = CliRunner().invoke(app, ["data", str(tmp_path / "two"), *flags])
     assert "two/train: 625 sequences of 32, 20,000 tokens" in result.output
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
     tokens, tokenizer = load(tmp_path / "one", "train")
-    assert tokenizer.decode(tokens.reshape(-1)).count("\n    def ") > 20
+    assert tokenizer.decode(tokens.reshape(-1)).count("\n    def ") > 5
 
 
 def test_training_refuses_text_of_another_length_or_tokenizer(tmp_path, source):
