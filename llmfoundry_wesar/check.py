@@ -23,7 +23,7 @@ from llmfoundry_wesar.callbacks import PowerIteration, UpdateRatioMonitor
 from llmfoundry_wesar.callbacks.interval import IntervalCallback, parse_time
 from llmfoundry_wesar.callbacks.power_iteration import check_power_iteration
 from llmfoundry_wesar.hf_model import ComposerWeSaRHFCausalLM, check_hf_keys
-from llmfoundry_wesar.keys import arguments, check_values, did_you_mean, is_number
+from llmfoundry_wesar.keys import arguments, check_values, datasets, did_you_mean, is_number
 from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM, check_keys
 from llmfoundry_wesar.optimizer import WeSaRAdamW, second_gate
 from llmfoundry_wesar.sharded import module_path, reparameterized_layers
@@ -103,11 +103,14 @@ def check_config(config: Mapping[str, Any], model: nn.Module) -> WeSaRAdamW | No
 
 
 def _check_lengths(config: Mapping[str, Any]) -> None:
-    longest = config["model"].get("max_seq_len", MPTConfig().max_seq_len)
-    dataset = (config.get("train_loader") or {}).get("dataset") or {}
-    lengths = {"max_seq_len": config.get("max_seq_len"), "train_loader.dataset.max_seq_len": dataset.get("max_seq_len")}
+    """Refuse sequences that are too long, also those of evaluations, which the model would meet hours later."""
     if config["model"]["name"] == "wesar_hf_causal_lm":
         return
+    longest = config["model"].get("max_seq_len", MPTConfig().max_seq_len)
+    lengths = {"max_seq_len": config.get("max_seq_len")}
+    lengths |= {f"{name}.dataset.max_seq_len": dataset.get("max_seq_len") for name, dataset in datasets(config)}
+    if config.get("icl_tasks"):
+        lengths["icl_seq_len"] = config.get("icl_seq_len")
     for key, length in lengths.items():
         if is_number(length) and length > longest:
             raise ValueError(

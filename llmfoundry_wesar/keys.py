@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from llmfoundry.models.layers.ffn import resolve_ffn_act_fn
 from llmfoundry.models.mpt.configuration_mpt import MPTConfig
 from llmfoundry.models.utils.config_defaults import attn_config_defaults
 
-__all__ = ["arguments", "check_sections", "check_values", "did_you_mean", "is_number"]
+__all__ = ["arguments", "check_sections", "check_values", "datasets", "did_you_mean", "is_number"]
 
 _MODEL_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(MPTConfig).parameters.items()}
 _WHOLE = ("d_model", "n_heads", "n_layers", "head_dim", "max_seq_len", "vocab_size", "kv_n_heads", "ffn_hidden_size")
@@ -41,6 +41,15 @@ def arguments(cls: Callable) -> list[str]:
     """Return the names of the parameters of a class's constructor or of a function, without *args and **kwargs."""
     parameters = inspect.signature(cls).parameters.values()
     return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def datasets(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield each loader's name, with its label if it has one, and its `dataset` section."""
+    # Foundry moves an `eval_loader` that is a list to `eval_loaders`, before it calls its config transforms.
+    for key in ("train_loader", "eval_loader", "eval_loaders"):
+        loaders = config.get(key) or {}
+        for loader in loaders if isinstance(loaders, list) else [loaders]:
+            yield " ".join(filter(None, [key.removesuffix("s"), loader.get("label")])), loader.get("dataset") or {}
 
 
 def did_you_mean(key: str, known: Iterable[str], otherwise: str) -> str:

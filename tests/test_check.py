@@ -71,6 +71,10 @@ REFUSED = {
     "model.norm_eps=abc": "model.norm_eps: 'abc' is not a number ≥ 0",
     "model.attn_config.softmax_scale=abc": "model.attn_config.softmax_scale: 'abc' is not a number",
     "model.max_seq_len=15": "model.max_seq_len: 15 is less than max_seq_len: 16; set model.max_seq_len to 16 or more",
+    "eval_loader.label=far; eval_loader.dataset.max_seq_len=17": (
+        "model.max_seq_len: 16 is less than eval_loader far.dataset.max_seq_len: 17; set"
+    ),
+    "icl_tasks=tasks.yaml; icl_seq_len=17": "model.max_seq_len: 16 is less than icl_seq_len: 17",
     "max_duration=1000tok; scheduler.t_warmup=2ba": "t_warmup: 2ba and max_duration: 1000tok have two units; write",
     "scheduler.t_max=1000tok": "scheduler.t_warmup: .*ba and scheduler.t_max: 1000tok have two units",
     "max_duration=infba": "max_duration: 'infba' is not a time such as '100ba'",

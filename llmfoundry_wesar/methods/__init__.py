@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from llmfoundry_wesar.data.shards import check_prepared
 from llmfoundry_wesar.initialization import check_tied_embedding
+from llmfoundry_wesar.keys import datasets
 
 _FOLDER = Path(__file__).parent
 # The variables that name a file, and where the files are.
@@ -102,29 +103,22 @@ def _check_data(config: dict[str, Any]) -> None:
 
     Streaming would fail later, without naming the key; the other two would not be noticed.
     """
-    # Foundry moves an `eval_loader` that is a list to `eval_loaders`, before it calls its config transforms.
-    for key in ("train_loader", "eval_loader", "eval_loaders"):
-        loaders = config.get(key) or {}
-        for loader in loaders if isinstance(loaders, list) else [loaders]:
-            dataset = loader.get("dataset") or {}
-            local, split = dataset.get("local"), dataset.get("split") or ""
-            if local is None or dataset.get("remote"):
-                continue
-            name = " ".join(filter(None, [key.removesuffix("s"), loader.get("label")]))
-            if not Path(local, split, "index.json").is_file():
-                variables = [
-                    f"variables.{variable}" for variable, value in config["variables"].items() if value == local
-                ]
-                raise ValueError(
-                    f"{name}: there is no data in {Path(local, split)}; prepare it with `llmfoundry-wesar data {local} "
-                    "--source …`, as the first lines of the YAML and the README say, or change "
-                    f"{' or '.join(variables) or 'dataset.local'}."
-                )
-            tokenizer = str((config.get("tokenizer") or {}).get("name"))
-            try:
-                check_prepared(Path(local), dataset.get("max_seq_len"), tokenizer)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}.") from error
+    for name, dataset in datasets(config):
+        local, split = dataset.get("local"), dataset.get("split") or ""
+        if local is None or dataset.get("remote"):
+            continue
+        if not Path(local, split, "index.json").is_file():
+            variables = [f"variables.{variable}" for variable, value in config["variables"].items() if value == local]
+            raise ValueError(
+                f"{name}: there is no data in {Path(local, split)}; prepare it with `llmfoundry-wesar data {local} "
+                "--source …`, as the first lines of the YAML and the README say, or change "
+                f"{' or '.join(variables) or 'dataset.local'}."
+            )
+        tokenizer = str((config.get("tokenizer") or {}).get("name"))
+        try:
+            check_prepared(Path(local), dataset.get("max_seq_len"), tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}.") from error
 
 
 def _check_buffers(config: dict[str, Any]) -> None:
