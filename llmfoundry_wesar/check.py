@@ -91,8 +91,8 @@ def check_config(config: Mapping[str, Any], model: nn.Module) -> WeSaRAdamW | No
 
     Raises:
         ValueError: If the sequences are too long for the model, the warm-up and the training have two units, a
-            callback of ours has a wrong key or value or does nothing, the optimizer has one, or `kill_loss_spike` meets
-            a z-loss.
+            callback of ours has a wrong key or value or does nothing, the optimizer has one, or a callback of foundry
+            fails with the model.
     """
     _check_lengths(config)
     _check_warmup(config)
@@ -165,7 +165,18 @@ def _check_callbacks(config: Mapping[str, Any], model: nn.Module, adapters: bool
             named = [(name, p) for name, p in model.named_parameters() if p.ndim > 1 and p.requires_grad]
             callback.check([module_path(f"model.{name}") for name, _ in named])
     check_power_iteration(model, "power_iteration" in callbacks)
-    if "kill_loss_spike" in callbacks and config["model"].get("z_loss"):
+    section = config["model"]
+    if "hf_checkpointer" in callbacks and section["name"] == "wesar_mpt_causal_lm":
+        raise ValueError(
+            "callbacks.hf_checkpointer: transformers cannot load the folders that it writes of wesar_mpt_causal_lm; "
+            "use merged_hf_checkpointer, which has the same keys."
+        )
+    if "loss_perp_v_len" in callbacks and section.get("fused_loss"):
+        raise ValueError(
+            "callbacks.loss_perp_v_len: it needs the logits, which model.fused_loss: true does not keep; remove it, or "
+            "set model.fused_loss: false."
+        )
+    if "kill_loss_spike" in callbacks and section.get("z_loss"):
         raise ValueError(
             "callbacks.kill_loss_spike: foundry's callback fails in the first step if the loss has several terms; "
             "remove it, or set model.z_loss: 0. nan_monitor stops a run whose loss is NaN."

@@ -60,6 +60,10 @@ REFUSED = {
     "optimizer.disable_grad=foo": "optimizer.disable_grad: 'foo' fits no parameter",
     "optimizer.lrr=1": "optimizer.lrr: 1 is not an option of adamw; did you mean lr",
     "callbacks.kill_loss_spike={}": "callbacks.kill_loss_spike: .* set model.z_loss: 0",
+    "callbacks.hf_checkpointer={save_folder: x}": "callbacks.hf_checkpointer: transformers cannot .* use merged_hf_ch",
+    "callbacks.loss_perp_v_len={}; model.fused_loss=true; model.use_train_metrics=false": (
+        "callbacks.loss_perp_v_len: it needs the logits"
+    ),
     "callbacks.gate_monitor.intervall=1ba": "callbacks.gate_monitor.intervall: '1ba' is .*did you mean interval",
     # Values that would fail late or in cryptic words.
     "model.d_model=30; model.n_heads=2": "model.n_heads: 2 gives heads of width 15, but attn_config.rope: true",
@@ -121,6 +125,8 @@ def test_the_trainer_and_inspect_refuse_it_in_the_same_words(overrides, dataset)
         "variables.methods=mine",
         "callbacks=null",
         "callbacks.kill_loss_spike={}; model.z_loss=0",
+        "callbacks.loss_perp_v_len={}",
+        "icl_seq_len=17",
         "max_duration=1ep; scheduler.t_warmup=1ba; scheduler.t_max=0.5dur",
         "max_duration=256tok; scheduler.t_warmup=0.5dur",
     ],
