@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from composer.core import State, Time
 from composer.loggers import Logger, TensorboardLogger
-from composer.utils import dist
+from composer.utils import dist, format_name_with_dist, parse_uri
 from torch import Tensor
 
 from llmfoundry_wesar.callbacks.interval import IntervalCallback
@@ -75,8 +75,8 @@ class SpikeRecorder(IntervalCallback):
         deviations: See above.
         nats: See above.
         most: The largest number of spikes to write in a run, those of earlier processes included.
-        folder: Where to write. By default ``spikes`` beside TensorBoard's event files, or in a folder with the run's
-            name if there is no such logger.
+        folder: Where to write, on a local disk; ``{run_name}`` is replaced, as in Composer's folders. By default
+            ``spikes`` beside TensorBoard's event files, or in a folder with the run's name if there is no such logger.
         interval: Which steps to measure, as a Composer time string.
 
     Raises:
@@ -100,6 +100,8 @@ class SpikeRecorder(IntervalCallback):
         for key, value in (("deviations", deviations), ("nats", nats)):
             if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
                 raise ValueError(f"{self.key(key)}: {value!r} is not a number of at least 0.")
+        if folder is not None and parse_uri(folder)[0]:
+            raise ValueError(f"{self.key('folder')}: {folder!r} is in an object store; give a local folder.")
         self.window, self.after, self.deviations, self.nats, self.most = window, after, deviations, nats, most
         self.folder = folder
         self._losses: deque[float] = deque(maxlen=JUMP_WINDOW + 1)
@@ -111,10 +113,18 @@ class SpikeRecorder(IntervalCallback):
         self._spike: _Spike | None = None
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Find the folder."""
+        """Find the folder, and say so if it is already full."""
         tensorboard = [d for d in logger.destinations if isinstance(d, TensorboardLogger)]
         beside = Path(tensorboard[0].log_dir or "", state.run_name) if tensorboard else Path(state.run_name)
-        self._path = beside / FOLDER if self.folder is None else Path(self.folder)
+        named = None if self.folder is None else Path(format_name_with_dist(self.folder, state.run_name))
+        self._path = named or beside / FOLDER
+        if self._written() >= self.most and dist.get_global_rank() == 0:
+            log.warning(
+                "spike_recorder: %s has %d spikes or more, so none is written. Raise %s, or give another folder.",
+                self._path,
+                self.most,
+                self.key("most"),
+            )
 
     @torch.no_grad()
     def after_train_batch(self, state: State, logger: Logger) -> None:

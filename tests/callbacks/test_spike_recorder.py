@@ -135,6 +135,9 @@ def test_no_more_than_the_most_are_written_and_those_of_earlier_processes_count(
     record(tmp_path / "a", *twice, most=1)
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["30"]
     assert caplog.text.count("no later spike is written. To see more, raise callbacks.spike_recorder.most.") == 1
+    assert "or more, so none is written" not in caplog.text
+    record(tmp_path / "a", *twice, most=1)
+    assert "a has 1 spikes or more, so none is written. Raise callbacks.spike_recorder.most, or give" in caplog.text
     (tmp_path / "b/12").mkdir(parents=True)
     (tmp_path / "b/12/report.md").touch()
     record(tmp_path / "b", *twice, most=2)
@@ -147,12 +150,12 @@ def test_a_resumed_run_starts_with_an_empty_window_and_keeps_the_folders(tmp_pat
     options = {"run_name": "resumed", "max_duration": "40ba", **checkpoint}
     for duration, step in (("40ba", 30), ("70ba", 60)):
         inject = Inject(Event.AFTER_DATALOADER, step, repeat)
-        recorder = SpikeRecorder(folder=str(tmp_path / "spikes"), window=40, after=5, nats=0.2)
+        recorder = SpikeRecorder(folder=str(tmp_path / "spikes-{run_name}"), window=40, after=5, nats=0.2)
         model = regression()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
         train(model, optimizer, [inject, recorder], STEPS, **options | {"max_duration": duration})
-    assert sorted(path.name for path in (tmp_path / "spikes").iterdir()) == ["30", "60"]
-    assert {step for step, _ in rows(tmp_path / "spikes/60")} == set(range(40, 66))
+    assert sorted(path.name for path in (tmp_path / "spikes-resumed").iterdir()) == ["30", "60"]
+    assert {step for step, _ in rows(tmp_path / "spikes-resumed/60")} == set(range(40, 66))
 
 
 def test_a_spike_near_the_end_and_a_measurement_at_an_interval(tmp_path):
@@ -268,8 +271,11 @@ def test_the_committed_config_spikes_and_its_matrices_moved_before(tmp_path):
     assert "First to move: `model." in report or "update ratios had grown before the loss: `model." in report
 
 
-@pytest.mark.parametrize("option", [{"window": 0}, {"after": -1}, {"most": 2.5}, {"nats": "much"}, {"deviations": -1}])
+OPTIONS = [{"window": 0}, {"after": -1}, {"most": 2.5}, {"nats": "much"}, {"deviations": -1}, {"folder": "s3://b/c"}]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
 def test_a_wrong_option_is_refused_with_its_key(option):
     [(key, value)] = option.items()
-    with pytest.raises(ValueError, match=rf"callbacks\.spike_recorder\.{key}: {value!r} is not"):
+    with pytest.raises(ValueError, match=rf"callbacks\.spike_recorder\.{key}: {value!r} is "):
         SpikeRecorder(**option)
