@@ -20,8 +20,6 @@ from llmfoundry.models.layers.ffn import resolve_ffn_act_fn
 from llmfoundry.models.mpt.configuration_mpt import MPTConfig
 from llmfoundry.models.utils.config_defaults import attn_config_defaults
 
-__all__ = ["arguments", "check_sections", "check_values", "datasets", "did_you_mean", "is_number"]
-
 _MODEL_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(MPTConfig).parameters.items()}
 _WHOLE = ("d_model", "n_heads", "n_layers", "head_dim", "max_seq_len", "vocab_size", "kv_n_heads", "ffn_hidden_size")
 _POSITIVE = ("expansion_ratio", "rope_theta", "alibi_bias_max", "embedding_fraction", "clip_qkv")

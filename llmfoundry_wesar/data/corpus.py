@@ -17,8 +17,6 @@ from tqdm import tqdm
 
 from llmfoundry_wesar.data.reading import FILE_NAME, FILE_NAMES, Text, read_texts, text_of
 
-__all__ = ["HUB", "Corpus", "Document", "batches", "find_files", "open_hub", "progress_bar", "say", "splits"]
-
 # Limits on memory, in bytes of text. Encoding a document takes about 150 times its size.
 SHUFFLE_BYTES = 128_000_000  # size of the shuffle buffer
 BATCH_BYTES = 4_000_000  # documents encoded in one call, which uses all cores

@@ -14,18 +14,6 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import pyarrow
 
-__all__ = [
-    "FILE_NAME",
-    "FILE_NAMES",
-    "Text",
-    "decoded",
-    "entry",
-    "read_json_lines",
-    "read_texts",
-    "text_of",
-    "unpacked",
-]
-
 # Limits on memory, in bytes.
 TXT_BYTES = 1_000_000  # a longer .txt file is cut into documents of this size
 PIECE_BYTES = 65_536  # read from a compressed file at a time

@@ -29,8 +29,6 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from llmfoundry_wesar.data.corpus import HUB, Corpus, batches, find_files, open_hub, progress_bar, say, splits
 from llmfoundry_wesar.keys import is_number
 
-__all__ = ["adds_eos", "check_prepared", "encode", "prepare"]
-
 EOS = "<|endoftext|>"
 DEFAULT_VOCAB_SIZE = 32_000
 SMALLEST_VOCAB_SIZE = 256 + 1 + 1  # bytes, EOS and one merge
