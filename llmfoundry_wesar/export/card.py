@@ -1,10 +1,10 @@
 """Write the model card, which is the README.md of an exported folder."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from omegaconf import OmegaConf
 from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.utils.generic import flatten_dict
 
 from llmfoundry_wesar import methods
 from llmfoundry_wesar.export import clients
@@ -25,23 +25,13 @@ tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 }
 
 
-def _leaves(tree: dict[str, Any], path: tuple[str, ...] = ()) -> Iterable[tuple[tuple[str, ...], Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, (*path, key))
-        else:
-            yield (*path, key), value
-
-
 def method_of(config: dict[str, Any]) -> str | None:
     """Return the method whose `model` section is part of a config, or None. Of several, take the one with most keys."""
-    leaves = dict(_leaves(config))
-    found = []
+    leaves, found = flatten_dict(config).items(), []
     for name in methods.names("method"):
         section = OmegaConf.to_container(methods.load("method", name).model, resolve=True)
-        assert isinstance(section, dict)
-        wanted = dict(_leaves(section))  # type: ignore[arg-type]
-        if all(key in leaves and leaves[key] == value for key, value in wanted.items()):
+        wanted = flatten_dict(section).items()  # type: ignore[arg-type]
+        if wanted <= leaves:
             found.append((len(wanted), name))
     return max(found)[1] if found else None
 
