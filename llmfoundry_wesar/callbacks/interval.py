@@ -25,13 +25,6 @@ def parse_time(time: Any, key: str, unit: TimeUnit | None = None, example: str =
         raise ValueError(f"{key}: {time!r} is not a time such as {example!r}, '1ep' or '1e6tok'.") from error
 
 
-def _parse(interval: str | Time, key: str, off: str) -> Time:
-    time = parse_time(interval, key)
-    if not 0 < time.value < math.inf:
-        raise ValueError(f"{key}: {interval!r} is not a positive time; {off}.")
-    return time
-
-
 def _one_step_back(now: Timestamp, batches_per_epoch: int | None) -> Timestamp:
     """Return the timestamp before the last step, assuming that all steps had the same size."""
     steps = now.batch.value
@@ -63,7 +56,9 @@ class Interval:
     """
 
     def __init__(self, interval: str | Time, key: str = "interval", off: str = "to log nothing, remove the callback"):
-        self.time = _parse(interval, key, off)
+        self.time = parse_time(interval, key)
+        if not 0 < self.time.value < math.inf:
+            raise ValueError(f"{key}: {interval!r} is not a positive time; {off}.")
         self._passed: int | None = None
 
     def due(self, state: State) -> bool:
