@@ -3,7 +3,6 @@
 The layers are those of transformers, so WeSaR's gates have to be in the optimizer: `optimizer.name: wesar_adamw`.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -198,7 +197,7 @@ def check_hf_keys(model: Mapping[str, Any]) -> None:
                 + did_you_mean(key, known, "remove it.")
             )
     z_loss = model.get("z_loss", 0.0)
-    if not is_number(z_loss) or not 0 <= z_loss < math.inf:
+    if not is_number(z_loss) or z_loss < 0:
         raise ValueError(f"model.z_loss: {z_loss!r} is not a number ≥ 0; the paper's is 1.0e-4.")
     if not model.get("pretrained", True) and not isinstance(model.get("init_config"), Mapping):
         raise ValueError(

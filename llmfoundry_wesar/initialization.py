@@ -141,7 +141,7 @@ def residual_divisor(init_div_is_residual: Any, n_layers: int) -> float:
     """
     if isinstance(init_div_is_residual, bool):
         return math.sqrt(2 * n_layers) if init_div_is_residual else 1.0
-    if not is_number(init_div_is_residual) or not 0 < init_div_is_residual < math.inf:
+    if not is_number(init_div_is_residual) or init_div_is_residual <= 0:
         raise ValueError(
             f"model.init_config.init_div_is_residual: {init_div_is_residual!r} is neither a boolean nor a positive "
             "number; the paper's value is true, which gives √2N."
@@ -270,7 +270,7 @@ def check_init_config(name: str, init_div_is_residual: Any = True, **options: An
     own = ("sigma", "backbone", "gain_init") if name == "wesar_" else ("emb_init_std",)
     if name == "wesar_":
         sigma: Any = options.get("sigma")
-        if not is_number(sigma) or not sigma > 0:
+        if not is_number(sigma) or sigma <= 0:
             raise ValueError(
                 f"model.init_config.sigma: {sigma!r} is not a positive number; the paper's is 0.0063245553 (σ² = 4e-5)."
             )

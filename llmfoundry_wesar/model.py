@@ -149,7 +149,7 @@ class WeSaRMPTConfig(MPTConfig):
         for key in ("embedding_scaling", "embedding_norm", "residual_scaling", "fused_loss"):
             if not isinstance(value := getattr(self, key), bool):
                 raise ValueError(f"model.{key}: {value!r} is not one of true, false.")
-        if not is_number(self.z_loss) or not 0 <= self.z_loss < math.inf:
+        if not is_number(self.z_loss) or self.z_loss < 0:
             raise ValueError(f"model.z_loss: {self.z_loss!r} is not a number ≥ 0; the paper's is 1.0e-4.")
         if self.norm_placement not in ("pre", "post"):
             raise ValueError(f"model.norm_placement: {self.norm_placement!r} is not one of pre, post.")

@@ -78,7 +78,7 @@ class WeSaRAdamW(torch.optim.AdamW):
             if value:
                 raise ValueError(f"optimizer.{key}: {value!r} is not supported by wesar_adamw; remove this key.")
         for key, value in (("sigma", sigma), ("max_norm", max_norm)):
-            if value is not None and not (is_number(value) and 0 < value < math.inf):
+            if value is not None and not (is_number(value) and value > 0):
                 raise ValueError(f"optimizer.{key}: {value!r} is not a positive number.")
         try:
             self._pattern = None if gated is None else re.compile(gated)
