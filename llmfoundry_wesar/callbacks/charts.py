@@ -9,8 +9,6 @@ from google.protobuf.json_format import ParseDict
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard.summary import custom_scalars
 
-_TITLES = {"update_ratio": "update ratio", "gate": "gate"}
-
 
 def add_charts(logger: Logger, roles: Mapping[str, Iterable[str]]) -> None:
     """Add charts to a run in TensorBoard, under the tab Custom Scalars. Other loggers stay as they are.
@@ -45,7 +43,7 @@ def _layout(roles: Mapping[str, Iterable[str]]) -> bytes:
     """Return the layout of the Custom Scalars tab as its serialised protocol buffer."""
     categories = []
     for quantity, names in roles.items():
-        title, keys = _TITLES[quantity], [f"role_{quantity}/{name}" for name in names]
+        title, keys = quantity.replace("_", " "), [f"role_{quantity}/{name}" for name in names]
         bands = [{"value": f"{key}/median", "lower": f"{key}/min", "upper": f"{key}/max"} for key in keys]
         chart = {"title": title, "margin": {"series": bands}}
         categories.append({"title": f"{title} of each role: median and range of the blocks", "chart": [chart]})
