@@ -83,8 +83,9 @@ class Record:
 
     @property
     def loss_before(self) -> float:
-        """The median of the losses before the spike."""
-        return usual_loss(self.losses[: self.index])
+        """The median of the 16 losses before the spike, without those that are not finite. NaN if there is none."""
+        recent = _recent(self.losses[: self.index])
+        return float(np.median(recent)) if len(recent) else math.nan
 
     @property
     def loss_at_top(self) -> float:
@@ -104,11 +105,10 @@ class Record:
         return growth(self)
 
 
-def usual_loss(losses: Sequence[float] | np.ndarray) -> float:
-    """Return the median of the last 16 losses, without those that are not finite. NaN if there is none."""
+def _recent(losses: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Return those of the last 16 losses that are finite."""
     recent = np.asarray(losses, dtype=float)[-JUMP_WINDOW:]
-    recent = recent[np.isfinite(recent)]
-    return float(np.median(recent)) if len(recent) else math.nan
+    return recent[np.isfinite(recent)]
 
 
 def jumped(losses: Sequence[float], deviations: float, nats: float) -> bool:
@@ -123,8 +123,9 @@ def jumped(losses: Sequence[float], deviations: float, nats: float) -> bool:
         return False
     if not math.isfinite(last):
         return True
-    differences = np.diff([loss for loss in before[-JUMP_WINDOW:] if math.isfinite(loss)])
-    return len(before) >= JUMP_WINDOW and last - usual_loss(before) > max(nats, deviations * float(differences.std()))
+    recent = _recent(before)
+    spread = float(np.diff(recent).std()) if len(recent) > 1 else 0.0
+    return len(before) >= JUMP_WINDOW and last - float(np.median(recent)) > max(nats, deviations * spread)
 
 
 def moves(record: Record) -> list[Move]:
