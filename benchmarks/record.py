@@ -5,7 +5,6 @@ import datetime
 import importlib.metadata
 import os
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +17,11 @@ from composer.utils.collect_env import get_cpu_model
 from scipy import stats
 from tqdm import tqdm
 
-_PACKAGES = ("torch", "mosaicml", "llm-foundry", "llmfoundry_wesar")
+from llmfoundry_wesar.runs.compare import PACKAGES, commit_of_code
+
 _WHAT = ("suite", "name", "variant", "unit")
 _NUMBERS = ("n", "median", "p10", "p90", "ratio", "ratio_low", "ratio_high")
-_HOW = ("dtype", "shape", "compiled", "note", "device", "hardware", *_PACKAGES, "commit", "command", "date")
+_HOW = ("dtype", "shape", "compiled", "note", "device", "hardware", *PACKAGES, "commit", "command", "date")
 COLUMNS = (*_WHAT, *_NUMBERS, *_HOW)
 _WARMUP, _FEWEST_ROUNDS, _MOST_ROUNDS = 3, 6, 400
 
@@ -57,17 +57,6 @@ def reason(error: BaseException) -> str:
     return f"failed: {type(error).__name__}: {lines[-1]}"[:200]
 
 
-def _commit() -> str:
-    """Return the commit of the code, with `-dirty` if anything but results has changed; empty without a repository."""
-    git = ["git", "-C", str(Path(__file__).parents[1]), "--no-optional-locks"]
-    commit, changes = (
-        subprocess.run([*git, *command], capture_output=True, text=True).stdout.strip()
-        # A series of measurements appends to a tracked file in results/, which must not count as a change.
-        for command in (["describe", "--always"], ["status", "--porcelain", "--untracked-files=no", ":!results"])
-    )
-    return f"{commit}-dirty" if commit and changes else commit
-
-
 class Recorder:
     """Measures on one device, and appends each row to a CSV as soon as it is known.
 
@@ -82,13 +71,13 @@ class Recorder:
 
     def __init__(self, path: Path, device: str, commit: str | None = None):
         if commit is None:
-            commit = _commit()
+            commit = commit_of_code()
         if not commit:
             raise ValueError("--commit: a result names its commit, and here is no git repository to ask.")
         cpu = f"{os.cpu_count()} × {get_cpu_model()}, {torch.get_num_threads()} threads"
         self.path, self.device = path, device
         self.dtype = "amp_bf16" if device == "cuda" else "fp32"
-        self.row: dict[str, Any] = {package: importlib.metadata.version(package) for package in _PACKAGES} | {
+        self.row: dict[str, Any] = {package: importlib.metadata.version(package) for package in PACKAGES} | {
             "device": device,
             "hardware": torch.cuda.get_device_name() if device == "cuda" else cpu,
             "commit": commit,

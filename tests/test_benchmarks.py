@@ -12,9 +12,10 @@ import torch
 import typer
 from scipy.stats import binom
 
-from benchmarks import data, precision, record, run, sizes, step, trainer
+from benchmarks import data, precision, run, sizes, step, trainer
 from benchmarks.monitor import DUE, IDLE, MONITORS, NONE, SPIKES
 from benchmarks.record import COLUMNS, Recorder, ratio
+from llmfoundry_wesar.runs import compare
 
 MAY_BE_EMPTY = {"median", "p10", "p90", "ratio", "ratio_low", "ratio_high", "note"}
 UNMEASURED_ON_CPU = {"GiB at peak", "host synchronisations in a step"}
@@ -265,7 +266,7 @@ def test_a_file_with_other_columns_is_left_alone(tmp_path):
 
 
 def test_a_result_without_a_commit_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "__file__", str(tmp_path / "record.py"))
+    monkeypatch.setattr(compare, "__file__", str(tmp_path / "llmfoundry_wesar" / "runs" / "compare.py"))
     with pytest.raises(typer.BadParameter, match="a result names its commit"):
         run.main(out=tmp_path / "rows.csv")
 

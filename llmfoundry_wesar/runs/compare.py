@@ -54,6 +54,8 @@ _LOGGED = {
 _OURS = ("variables.method", "seed", "train_loader.dataset.shuffle_seed", "run_name", "loggers.tensorboard.log_dir")
 _BAR = "{desc}{percentage:3.0f}%|{bar}| {n:.2f}/{total} runs [{elapsed}<{remaining}]"
 _STOP_SECONDS = 30
+# The packages whose versions a result names.
+PACKAGES = ("torch", "mosaicml", "llm-foundry", "llmfoundry_wesar")
 
 
 @dataclass(frozen=True)
@@ -282,19 +284,25 @@ def _locked(out: Path) -> Iterator[IO[str]]:
         yield lock
 
 
-def _conditions(nproc: int | None) -> dict[str, str]:
+def commit_of_code() -> str:
+    """Return the commit of the code, with `-dirty` if anything but results has changed; empty without a repository."""
     root = Path(__file__).parents[2]
-    commit = importlib.metadata.version("llmfoundry_wesar")
-    # Ask git only in a clone. In site-packages it could find the repository of another project.
-    if (root / ".git").exists():
-        git = ["git", "-C", str(root), "--no-optional-locks", "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or commit
-    packages = ("torch", "mosaicml", "llm-foundry", "llmfoundry_wesar")
+    if not (root / ".git").exists():  # In site-packages git could find the repository of another project.
+        return ""
+    commit, changes = (
+        subprocess.run(["git", "-C", str(root), "--no-optional-locks", *command], capture_output=True, text=True).stdout
+        # A series appends to a tracked file in results/, which must not count as a change.
+        for command in (["describe", "--always"], ["status", "--porcelain", "--untracked-files=no", ":!results"])
+    )
+    return commit.strip() + ("-dirty" if changes else "")
+
+
+def _conditions(nproc: int | None) -> dict[str, str]:
     gpu = torch.cuda.is_available()
     hardware = f"{nproc or 1} × {get_gpu_model()}" if gpu else f"{os.cpu_count()} × {get_cpu_model()}"
     return {
-        "commit": commit,
-        "versions": ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages),
+        "commit": commit_of_code() or importlib.metadata.version("llmfoundry_wesar"),
+        "versions": ", ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES),
         "hardware": hardware + (f", {nproc} processes" if nproc else ""),
     }
 
