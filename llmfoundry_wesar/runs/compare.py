@@ -209,7 +209,7 @@ def plan(
         *varied, method = combination
         common = [*overrides, *varied, f"variables.method={method}"]
         own = [*common, f"seed={seed}", f"train_loader.dataset.shuffle_seed={seed}"]
-        expanded = load_config(config, own)
+        expanded, count = load_config(config, own), parameters(*common)
         held_out = _held_out(config, expanded)
         config_hash = _hash(expanded)
         if config_hash in runs:
@@ -238,7 +238,7 @@ def plan(
             config=config,
             overrides=tuple(own),
             config_hash=config_hash,
-            parameters=parameters(*common),
+            parameters=count,
             held_out=held_out,
             nproc=nproc,
             command=(*launcher, str(scripts / "llmfoundry"), "train", file, *arguments, *where),
