@@ -287,6 +287,12 @@ def test_a_series_without_its_data_does_not_start(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("override", ["callbacks=5", "callbacks.update_ratio_monitor=5", "callbacks.gate_monitor=x"])
+def test_callbacks_that_are_no_mapping_are_refused_by_name(override, tmp_path):
+    with pytest.raises(ValueError, match=r"^callbacks.* is not a mapping"):
+        plan(CONFIG, ["wesar"], [1], tmp_path, overrides=[override])
+
+
 def test_a_list_in_brackets_is_one_value(tmp_path):
     runs = make(tmp_path, vary=["optimizer.betas=[0.9,0.95],[0.9,0.99]"])
     assert [run.variation for run in runs] == ["optimizer.betas=[0.9,0.95]", "optimizer.betas=[0.9,0.99]"]
