@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from llmfoundry.models.mpt.configuration_mpt import MPTConfig
+
 from llmfoundry_wesar.losses import PROJECTED_CHUNK
 
 GIB = 2**30
@@ -16,7 +18,7 @@ class Memory:
     """Memory of one GPU at the peak of a training step, in GiB.
 
     Attributes:
-        gpus: Number of GPUs. FSDP shards over all of them.
+        gpus: Number of GPUs of the run.
         parameters: This GPU's part of the parameters, in float32.
         gradients: This GPU's part of the gradients, in float32.
         optimizer: This GPU's part of the two moments, in float32.
@@ -66,6 +68,21 @@ def _block(model: Mapping[str, Any], compiled: bool) -> float:
     return 4 * d + (0 if compiled else 6 * d) + 2 * 4 * width + 6 * d + 2 * hidden * values
 
 
+def _shards(fsdp: Mapping[str, Any], gpus: int) -> int:
+    """Return the number of GPUs over which parameters, gradients and moments are sharded."""
+    strategy, degree = fsdp.get("sharding_strategy", "FULL_SHARD"), fsdp.get("data_parallel_shard_degree", -1)
+    if not fsdp or strategy == "NO_SHARD":
+        return 1
+    if degree != -1:
+        return min(degree, gpus)
+    if "HYBRID" in strategy:
+        raise ValueError(
+            f"fsdp_config.sharding_strategy: {strategy} shards over some of the GPUs; --gpus needs their number as "
+            "fsdp_config.data_parallel_shard_degree."
+        )
+    return gpus
+
+
 def estimate(config: Mapping[str, Any], parameters: int, gpus: int) -> Memory:
     """Estimate the peak memory of a training step with AdamW in `amp_bf16`.
 
@@ -75,12 +92,14 @@ def estimate(config: Mapping[str, Any], parameters: int, gpus: int) -> Memory:
     Args:
         config: A training config, as `inspection.load_config` returns it, with a model of the MPT family.
         parameters: Number of parameters.
-        gpus: Number of GPUs over which FSDP shards the model.
+        gpus: Number of GPUs of the run.
 
     Raises:
-        ValueError: If the microbatch is not a number, or the model is not an MPT.
+        ValueError: If the microbatch is not a number, the model is not an MPT, or FSDP shards over a number of GPUs
+            that the config does not say.
     """
-    model, fsdp = config["model"], config.get("fsdp_config") or {}
+    # The keys that the config leaves out have foundry's default values.
+    model, fsdp = MPTConfig().to_dict() | config["model"], config.get("fsdp_config") or {}
     microbatch = config.get("device_train_microbatch_size")
     if not isinstance(microbatch, int):
         raise ValueError(
@@ -88,9 +107,9 @@ def estimate(config: Mapping[str, Any], parameters: int, gpus: int) -> Memory:
         )
     if "mpt" not in model["name"]:
         raise ValueError(f"model.name: {model['name']} is not supported by --gpus; use wesar_mpt_causal_lm.")
-    d, layers, vocabulary = model["d_model"], model["n_layers"], model["vocab_size"]
+    d, layers, vocabulary, fc_type = (model[key] for key in ("d_model", "n_layers", "vocab_size", "fc_type"))
     tokens = microbatch * config["max_seq_len"]
-    shards = gpus if fsdp else 1
+    shards = _shards(fsdp, gpus)
     checkpointing = bool(fsdp.get("activation_checkpointing"))
     # Composer compiles nothing within checkpointed blocks.
     block = _block(model, compiled=config.get("compile_config") is not None and not checkpointing)
@@ -105,7 +124,7 @@ def estimate(config: Mapping[str, Any], parameters: int, gpus: int) -> Memory:
         # W_e, W_p and two blocks: the current one and the next one, which is gathered in advance.
         matrices = 2 * vocabulary * d
         copies = 2.0 * (matrices + 2 * (parameters - matrices) / layers)
-    elif shards == 1 and (model.get("fc_type") or {}).get("name") == "wesar":
+    elif (gpus == 1 or not fsdp) and (fc_type if isinstance(fc_type, str) else fc_type["name"]) == "wesar":
         copies = 0.0  # gated layers compute αW again in the backward pass
     part = 4.0 * parameters / shards
     working = activations + logits
