@@ -23,7 +23,7 @@ from llmfoundry_wesar.callbacks import PowerIteration, UpdateRatioMonitor
 from llmfoundry_wesar.callbacks.interval import IntervalCallback, parse_time
 from llmfoundry_wesar.callbacks.power_iteration import check_power_iteration
 from llmfoundry_wesar.hf_model import ComposerWeSaRHFCausalLM, check_hf_keys
-from llmfoundry_wesar.keys import arguments, check_values, datasets, did_you_mean, is_number
+from llmfoundry_wesar.keys import arguments, check_values, datasets, did_you_mean, is_number, takes_any_key
 from llmfoundry_wesar.model import WeSaRMPTConfig, WeSaRMPTForCausalLM, check_keys
 from llmfoundry_wesar.optimizer import WeSaRAdamW, second_gate
 from llmfoundry_wesar.sharded import module_path, reparameterized_layers
@@ -198,7 +198,7 @@ def _check_optimizer(optimizer: Any, model: nn.Module, adapters: bool) -> WeSaRA
         raise ValueError(f"optimizer.param_groups: {groups!r} is not a list of mappings with `param_str_match`.")
     for prefix, keys in (("", options), *((f"param_groups.{i}.", group) for i, group in enumerate(groups))):
         for key, value in keys.items():
-            if not prefix and key not in known:
+            if not prefix and key not in known and not takes_any_key(optimizers.get(name)):
                 fix = did_you_mean(str(key), known, "remove it.")
                 raise ValueError(f"optimizer.{prefix}{key}: {value!r} is not an option of {name}; {fix}")
             if key in ("lr", "eps", "weight_decay") and not (is_number(value) and value >= 0):

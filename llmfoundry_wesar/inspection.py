@@ -4,12 +4,14 @@ import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 import yaml
 from llmfoundry.models.mpt import MPTConfig
 from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS
+from llmfoundry.utils.registry_utils import import_file
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
@@ -108,6 +110,10 @@ def _check_comment(override: str) -> None:
         )
 
 
+# Foundry imports these files too, before it reads the config, since they may register what the config names.
+_import_once = cache(import_file)
+
+
 def load_config(path: str, overrides: list[str] | None = None, check_data: bool = False) -> dict[str, Any]:
     """Read a training YAML as foundry's trainer does, with overrides, interpolations, method and setting.
 
@@ -117,7 +123,8 @@ def load_config(path: str, overrides: list[str] | None = None, check_data: bool 
         check_data: As for `methods.expand`.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If there is no such file, or none of its `code_paths`.
+        RuntimeError: If the code of one of its `code_paths` fails.
         ValueError: If the file or an override is not YAML or has a comment, or a top-level key, the method or the
             setting is not known.
     """
@@ -142,6 +149,8 @@ def load_config(path: str, overrides: list[str] | None = None, check_data: bool 
         if key not in TRAIN_CONFIG_KEYS:
             fix = did_you_mean(str(key), TRAIN_CONFIG_KEYS, "put your own variables under `variables`.")
             raise ValueError(f"{key}: this is not a key of a training config; {fix}")
+    for code in OmegaConf.select(loaded, "code_paths") or []:
+        _import_once(code)
     try:
         config = expand(OmegaConf.to_container(loaded, resolve=True), check_data, check_keys=False)  # type: ignore[arg-type]
         # As in foundry, after the config transforms too: a `\\${` has become a `${` by now.

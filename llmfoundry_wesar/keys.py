@@ -41,6 +41,11 @@ def arguments(cls: Callable) -> list[str]:
     return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
+def takes_any_key(cls: Callable) -> bool:
+    """Return whether a class's constructor or a function has **kwargs, so that it may take other keys than it names."""
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cls).parameters.values())
+
+
 def datasets(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield each loader's name, with its label if it has one, and its `dataset` section."""
     # Foundry moves an `eval_loader` that is a list to `eval_loaders`, before it calls its config transforms.

@@ -142,3 +142,23 @@ def test_callbacks_that_are_no_mapping_are_refused(callbacks):
         model = {"name": "wesar_mpt_causal_lm", "d_model": 8, "n_heads": 2, "n_layers": 1}
         with pytest.raises(ValueError, match=r"^callbacks: .* is not a mapping"):
             expand({"variables": variables, "callbacks": callbacks, "model": model, "optimizer": {"name": "adamw"}})
+
+
+CODE = """
+from llmfoundry.registry import optimizers
+from torch.optim import AdamW
+
+@optimizers.register("own_adamw")
+class OwnAdamW(AdamW):
+    def __init__(self, params, **keys):
+        super().__init__(params, **keys)
+"""
+
+
+def test_what_the_users_code_registers_is_known(dataset, tmp_path):
+    """Also if its constructor names no key. The trainer imports `code_paths` before it expands a config."""
+    (tmp_path / "own.py").write_text(CODE)
+    own = f"code_paths=[{tmp_path / 'own.py'}]; optimizer={{name: own_adamw, amsgrad: true}}"
+    assert messages(own, dataset) == ["", ""]
+    with pytest.raises(FileNotFoundError, match=r"none\.py"):
+        load_config(YAML, ["code_paths=[none.py]"])
