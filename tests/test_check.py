@@ -58,6 +58,10 @@ REFUSED = {
     "optimizer.param_groups=[{param_str_match: foo}]": "optimizer.param_groups.0.param_str_match: 'foo' fits no",
     "optimizer.param_groups=[{param_str_match: norm, weight_dekay: 0}]": "groups.0.weight_dekay: 0 .*weight_decay",
     "optimizer.disable_grad=foo": "optimizer.disable_grad: 'foo' fits no parameter",
+    "variables.setting=rapid; optimizer.name=decoupled_adamw": (
+        "optimizer.name: decoupled_adamw does not take fused, which .* set for adamw; use adamw, or remove"
+    ),
+    "variables.setting=rapid; scheduler.name=constant_with_warmup": "scheduler.name: constant_.* does not take alpha_f",
     "optimizer.lrr=1": "optimizer.lrr: 1 is not an option of adamw; did you mean lr",
     "callbacks.kill_loss_spike={}": "callbacks.kill_loss_spike: .* set model.z_loss: 0",
     "callbacks.hf_checkpointer={save_folder: x}": "callbacks.hf_checkpointer: transformers cannot .* use merged_hf_ch",

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from llmfoundry.models.mpt.configuration_mpt import MPTConfig
+from llmfoundry.registry import optimizers, schedulers
 from omegaconf import DictConfig, OmegaConf
 
 from llmfoundry_wesar.data.shards import check_prepared
 from llmfoundry_wesar.initialization import check_tied_embedding
-from llmfoundry_wesar.keys import datasets
+from llmfoundry_wesar.keys import arguments, datasets, takes_any_key
 
 _FOLDER = Path(__file__).parent
 # The variables that name a file, and where the files are.
@@ -35,7 +36,10 @@ def load(kind: str, name: str) -> DictConfig:
         ValueError: If the name is not known. The message lists the known names.
     """
     if name not in names(kind):
-        raise ValueError(f"variables.{kind}: {name!r} is not known; use one of {', '.join(names(kind))}.")
+        raise ValueError(
+            f"variables.{kind}: {name!r} is not known; use one of {', '.join(names(kind))}. If it is a variable of "
+            "your own, rename it."
+        )
     config = OmegaConf.load(_FOLDERS[kind] / f"{name}.yaml")
     assert isinstance(config, DictConfig)
     base = config.pop("extends", None)
@@ -166,6 +170,21 @@ def _check_variables(variables: dict[str, Any]) -> None:
                 )
 
 
+def _check_names(default: dict[Any, Any], merged: dict[Any, Any]) -> None:
+    """Refuse another optimizer or scheduler than the default's if it does not take all of the default's keys."""
+    for section, registry in (("optimizer", optimizers), ("scheduler", schedulers)):
+        wanted, name = (str((part.get(section) or {}).get("name")) for part in (default, merged))
+        if name == wanted or not {name, wanted} <= registry.get_all().keys() or takes_any_key(registry.get(name)):
+            continue
+        known = {*arguments(registry.get(name)), "name", "param_groups"}
+        if foreign := [key for key in default[section] if key not in known]:
+            raise ValueError(
+                f"{section}.name: {name} does not take {', '.join(foreign)}, which variables.setting and "
+                f"variables.method set for {wanted}; use {wanted}, or remove variables.setting and write its keys into "
+                "the config."
+            )
+
+
 def _merge(defaults: list[DictConfig], config: dict[str, Any]) -> dict[str, Any]:
     """Put a config's own keys over the defaults of its method and setting."""
     default = OmegaConf.to_container(OmegaConf.merge(*defaults))
@@ -175,6 +194,7 @@ def _merge(defaults: list[DictConfig], config: dict[str, Any]) -> dict[str, Any]
             raise ValueError(f"{key}: {config[str(key)]!r} is not a mapping of keys to values.")
     merged = OmegaConf.to_container(OmegaConf.merge(_without_nulls(default), config), resolve=True)
     assert isinstance(merged, dict)
+    _check_names(default, merged)
     return {str(key): value for key, value in merged.items()}
 
 
