@@ -2,12 +2,13 @@
 
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument, Exit, Option, Typer, echo
 
@@ -27,6 +28,14 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         echo(f"llmfoundry-wesar: {' '.join(str(error).split())}", err=True)
         raise Exit(1) from None
+
+
+def _local(path: Any) -> Any:
+    """Refuse an output in an object store, which would become a local folder named s3:."""
+    with one_line_errors():
+        if path is not None and re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):
+            raise ValueError(f"{path}: this is in an object store; give a local path, and copy the result there")
+    return path
 
 
 @contextmanager
@@ -71,7 +80,7 @@ def inspect(
 @app.command()
 def plot(
     runs: Annotated[list[str], Argument(help="TensorBoard folders of runs, or CSV files from --csv.", metavar="RUN…")],
-    out: Annotated[str, Option(help="The picture: .png, .svg or .pdf.")],
+    out: Annotated[str, Option(callback=_local, help="The picture: .png, .svg or .pdf.")],
     figure: Annotated[
         str,
         Option(
@@ -88,7 +97,9 @@ def plot(
     ] = None,
     smooth: Annotated[int, Option(help="Number of points in the moving average that is drawn.")] = 1,
     x: Annotated[str, Option(help="step or tokens.")] = "step",
-    csv: Annotated[str | None, Option(help="Also write the values to this file. It can be a RUN later.")] = None,
+    csv: Annotated[
+        str | None, Option(callback=_local, help="Also write the values to this file. It can be a RUN later.")
+    ] = None,
     table: Annotated[
         bool,
         Option("--table", help="Print each run's final and held-out loss, and W_d's update ratio divided by W_u's."),
@@ -112,7 +123,9 @@ def token_count(text: str) -> int:
 
 @app.command()
 def data(
-    out: Annotated[Path, Argument(help="A new folder, or the folder of an interrupted run with the same options.")],
+    out: Annotated[
+        Path, Argument(callback=_local, help="A new folder, or the folder of an interrupted run with the same options.")
+    ],
     source: Annotated[
         list[str],
         Option(
@@ -175,7 +188,7 @@ def compare(
     config: Annotated[str, Argument(help="A training YAML.")],
     methods: Annotated[str, Option(help="Values of variables.method, separated by commas.")],
     seeds: Annotated[str, Option(help="Values of seed (weights and data order), separated by commas.")],
-    out: Annotated[Path, Option(help="A new folder, or the folder of a series to continue.")],
+    out: Annotated[Path, Option(callback=_local, help="A new folder, or the folder of a series to continue.")],
     overrides: Annotated[list[str] | None, Argument(help="key=value for all runs, as for the trainer.")] = None,
     vary: Annotated[
         list[str] | None, Option(help="key=v1,v2,… runs each method and seed with each value. Can be repeated.")
@@ -219,7 +232,7 @@ def compare(
 @app.command()
 def export(
     checkpoint: Annotated[str, Argument(help="A Composer checkpoint, whole or sharded, or a save_folder.")],
-    out: Annotated[str, Argument(help="A new folder.")],
+    out: Annotated[str, Argument(callback=_local, help="A new folder.")],
     format: Annotated[
         str,
         Option(
@@ -244,7 +257,9 @@ def reparameterize(
     model: Annotated[
         str, Argument(help="A folder that export wrote, or one with an Arcee, Llama or MPT model in safetensors.")
     ],
-    out: Annotated[str, Argument(help="A new file, for the trainer's load_path with load_weights_only=true.")],
+    out: Annotated[
+        str, Argument(callback=_local, help="A new file, for the trainer's load_path with load_weights_only=true.")
+    ],
     method: Annotated[str, Option(help="The variables.method to continue with.")] = "wesar",
 ) -> None:
     """Turn a plain model into a gated one that computes the same function, and print its `model` section."""
@@ -271,7 +286,7 @@ def evaluate(
     batch_size: Annotated[int, Option(min=1, help="Sequences in a batch.")] = 8,
     device: Annotated[str | None, Option(help="A torch device. [default: the first GPU, or the CPU]")] = None,
     dtype: Annotated[str, Option(help="float32, bfloat16 or float16.")] = "float32",
-    out: Annotated[Path | None, Option(help="Also write the scores to this file, as JSON.")] = None,
+    out: Annotated[Path | None, Option(callback=_local, help="Also write the scores to this file, as JSON.")] = None,
 ) -> None:
     """Compute the scores of the paper's Tables 5 and 8 by lm-evaluation-harness."""
     if not sys.stderr.isatty():

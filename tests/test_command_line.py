@@ -12,7 +12,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS, TrainConfig, make_dataclass_and_log_config
 from omegaconf import OmegaConf
+from typer.testing import CliRunner
 
+from llmfoundry_wesar.cli import app
 from llmfoundry_wesar.inspection import load_config, yaml_line
 from llmfoundry_wesar.runs.compare import plan
 from tests.fuzz.profile import examples
@@ -110,3 +112,21 @@ def test_a_folder_in_which_composer_cannot_save_is_refused(character, tmp_path):
     """Composer reads a save_folder as a URI and as a format string, and would save to another folder."""
     with pytest.raises(ValueError, match=rf"--out .*Composer cannot save checkpoints below a folder with \{character}"):
         plan(QUICKSTART, ["wesar"], [1], tmp_path / f"a {character}1", overrides=["save_folder=x"])
+
+
+STORES = [
+    "export x s3://b/c",
+    "data s3://b/c --source stdlib",
+    "plot x --out oci://b/c.png",
+    "evaluate x --out gs://b/c",
+]
+STORES += [f"compare {QUICKSTART} --methods wesar --seeds 1 --out s3://b/c", "reparameterize x s3://b/c"]
+
+
+@pytest.mark.parametrize("line", STORES)
+def test_an_output_in_an_object_store_is_refused(line, tmp_path, monkeypatch):
+    """As a path it would be a local folder with the name s3:."""
+    monkeypatch.chdir(tmp_path)
+    run = CliRunner().invoke(app, line.split())
+    assert run.exit_code == 1 and "this is in an object store; give a local path" in run.stderr
+    assert list(tmp_path.iterdir()) == []
