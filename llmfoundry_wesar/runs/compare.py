@@ -243,7 +243,21 @@ def plan(
             nproc=nproc,
             command=(*launcher, str(scripts / "llmfoundry"), "train", file, *arguments, *where),
         )
+    if len(runs) > 1:
+        _check_folders(config, next(iter(runs.values())).overrides)
     return list(runs.values())
+
+
+def _check_folders(config: str, overrides: Sequence[str]) -> None:
+    """Refuse callbacks with a folder in which each run would replace the files of the one before."""
+    callbacks = load_config(config, [*overrides, "run_name='{run_name}'"]).get("callbacks") or {}
+    for name, options in callbacks.items():
+        for key in ("save_folder", "folder"):
+            folder = (options or {}).get(key)
+            if isinstance(folder, str) and "{run_name}" not in folder:
+                raise ValueError(
+                    f"callbacks.{name}.{key}: {folder!r} would be the same for all runs; add {{run_name}} to it"
+                )
 
 
 def results(runs: Sequence[Run], out: str | Path) -> list[Row]:

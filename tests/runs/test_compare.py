@@ -293,6 +293,17 @@ def test_callbacks_that_are_no_mapping_are_refused_by_name(override, tmp_path):
         plan(CONFIG, ["wesar"], [1], tmp_path, overrides=[override])
 
 
+def test_a_folder_of_a_callback_that_all_runs_would_share_is_refused(tmp_path):
+    def planned(seeds, folder):
+        return plan(CONFIG, ["wesar"], seeds, tmp_path, overrides=[f"callbacks.spike_recorder.folder={folder}"])
+
+    with pytest.raises(ValueError, match=r"spike_recorder\.folder: 'spikes' would be the same .*; add \{run_name\}"):
+        planned([1, 2], "spikes")
+    assert len(planned([1], "spikes")) == 1
+    for folder in ("'spikes/{run_name}'", "spikes/${run_name}"):
+        assert len(planned([1, 2], folder)) == 2
+
+
 def test_a_list_in_brackets_is_one_value(tmp_path):
     runs = make(tmp_path, vary=["optimizer.betas=[0.9,0.95],[0.9,0.99]"])
     assert [run.variation for run in runs] == ["optimizer.betas=[0.9,0.95]", "optimizer.betas=[0.9,0.99]"]
