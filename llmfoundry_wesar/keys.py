@@ -47,12 +47,19 @@ def takes_any_key(cls: Callable) -> bool:
 
 
 def datasets(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield each loader's name, with its label if it has one, and its `dataset` section."""
+    """Yield each loader's name, with its label if it has one, and its `dataset` section.
+
+    Raises:
+        ValueError: If one of the sections is not a mapping.
+    """
     # Foundry moves an `eval_loader` that is a list to `eval_loaders`, before it calls its config transforms.
     for key in ("train_loader", "eval_loader", "eval_loaders"):
         loaders = config.get(key) or {}
         for loader in loaders if isinstance(loaders, list) else [loaders]:
-            yield " ".join(filter(None, [key.removesuffix("s"), loader.get("label")])), loader.get("dataset") or {}
+            dataset = (loader.get("dataset") or {}) if isinstance(loader, Mapping) else None
+            if not isinstance(dataset, Mapping):
+                raise ValueError(f"{key.removesuffix('s')}: {loader!r} is not a mapping with a mapping `dataset`.")
+            yield " ".join(filter(None, [key.removesuffix("s"), loader.get("label")])), dataset
 
 
 def did_you_mean(key: str, known: Iterable[str], otherwise: str) -> str:

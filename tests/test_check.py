@@ -68,6 +68,9 @@ REFUSED = {
     "callbacks.loss_perp_v_len={}; model.fused_loss=true; model.use_train_metrics=false": (
         "callbacks.loss_perp_v_len: it needs the logits"
     ),
+    "train_loader=5": "train_loader: 5 is not a mapping with a mapping `dataset`",
+    "eval_loader.dataset=5": "eval_loader: .*'dataset': 5.* is not a mapping with a mapping `dataset`",
+    "fsdp_config=5": "fsdp_config: 5 is not a mapping of keys to values",
     "callbacks.gate_monitor.intervall=1ba": "callbacks.gate_monitor.intervall: '1ba' is .*did you mean interval",
     # Values that would fail late or in cryptic words.
     "model.d_model=30; model.n_heads=2": "model.n_heads: 2 gives heads of width 15, but attn_config.rope: true",

@@ -128,6 +128,8 @@ def _check_data(config: dict[str, Any]) -> None:
 def _check_buffers(config: dict[str, Any]) -> None:
     """Refuse an FSDP1 that would round the buffers of our MPT: RoPE's frequencies, fixed gates, singular vectors."""
     fsdp, precision = config.get("fsdp_config") or {}, config.get("precision") or ""
+    if not isinstance(fsdp, dict):
+        raise ValueError(f"fsdp_config: {fsdp!r} is not a mapping of keys to values.")
     if (config.get("model") or {}).get("name") != "wesar_mpt_causal_lm" or not fsdp or precision == "fp32":
         return
     mixed = fsdp.get("mixed_precision", "DEFAULT")
