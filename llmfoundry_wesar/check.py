@@ -92,7 +92,7 @@ def check_config(config: Mapping[str, Any], model: nn.Module) -> WeSaRAdamW | No
     Raises:
         ValueError: If the sequences are too long for the model, the warm-up and the training have two units, a
             callback of ours has a wrong key or value or does nothing, the optimizer has one, or a callback of foundry
-            fails with the model.
+            does not work with the model.
     """
     _check_lengths(config)
     _check_warmup(config)
@@ -107,11 +107,12 @@ def _check_lengths(config: Mapping[str, Any]) -> None:
     if config["model"]["name"] == "wesar_hf_causal_lm":
         return
     longest = config["model"].get("max_seq_len", MPTConfig().max_seq_len)
-    lengths = {"max_seq_len": config.get("max_seq_len")}
-    lengths |= {f"{name}.dataset.max_seq_len": dataset.get("max_seq_len") for name, dataset in datasets(config)}
-    if config.get("icl_tasks"):
-        lengths["icl_seq_len"] = config.get("icl_seq_len")
-    for key, length in lengths.items():
+    lengths = [("max_seq_len", config.get("max_seq_len"))]
+    lengths += [(f"{name}.dataset.max_seq_len", dataset.get("max_seq_len")) for name, dataset in datasets(config)]
+    # Foundry moves the name of a file of tasks to `icl_tasks_str`, before it calls its config transforms.
+    if config.get("icl_tasks") or config.get("icl_tasks_str"):
+        lengths.append(("icl_seq_len", config.get("icl_seq_len")))
+    for key, length in lengths:
         if is_number(length) and length > longest:
             raise ValueError(
                 f"model.max_seq_len: {longest} is less than {key}: {length}; set model.max_seq_len to {length} or more."
@@ -193,12 +194,13 @@ def _check_optimizer(optimizer: Any, model: nn.Module, adapters: bool) -> WeSaRA
     if name == "wesar_adamw" and (layers := reparameterized_layers(model)):
         raise ValueError(second_gate(f"model.{next(iter(layers))}"))
     known = {*arguments(optimizers.get(name)), "param_groups", "disable_grad"} - {"params"}
+    open_ended = takes_any_key(optimizers.get(name))
     groups = options.get("param_groups") or []
     if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
         raise ValueError(f"optimizer.param_groups: {groups!r} is not a list of mappings with `param_str_match`.")
     for prefix, keys in (("", options), *((f"param_groups.{i}.", group) for i, group in enumerate(groups))):
         for key, value in keys.items():
-            if not prefix and key not in known and not takes_any_key(optimizers.get(name)):
+            if not prefix and not open_ended and key not in known:
                 fix = did_you_mean(str(key), known, "remove it.")
                 raise ValueError(f"optimizer.{prefix}{key}: {value!r} is not an option of {name}; {fix}")
             if key in ("lr", "eps", "weight_decay") and not (is_number(value) and value >= 0):

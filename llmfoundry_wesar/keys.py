@@ -54,12 +54,12 @@ def datasets(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]
     """
     # Foundry moves an `eval_loader` that is a list to `eval_loaders`, before it calls its config transforms.
     for key in ("train_loader", "eval_loader", "eval_loaders"):
-        loaders = config.get(key) or {}
+        loaders = config.get(key) or []
         for loader in loaders if isinstance(loaders, list) else [loaders]:
             dataset = (loader.get("dataset") or {}) if isinstance(loader, Mapping) else None
             if not isinstance(dataset, Mapping):
                 raise ValueError(f"{key.removesuffix('s')}: {loader!r} is not a mapping with a mapping `dataset`.")
-            yield " ".join(filter(None, [key.removesuffix("s"), loader.get("label")])), dataset
+            yield f"{key.removesuffix('s')} {loader.get('label') or ''}".strip(), dataset
 
 
 def did_you_mean(key: str, known: Iterable[str], otherwise: str) -> str:

@@ -59,7 +59,7 @@ REFUSED = {
     "optimizer.param_groups=[{param_str_match: norm, weight_dekay: 0}]": "groups.0.weight_dekay: 0 .*weight_decay",
     "optimizer.disable_grad=foo": "optimizer.disable_grad: 'foo' fits no parameter",
     "variables.setting=rapid; optimizer.name=decoupled_adamw": (
-        "optimizer.name: decoupled_adamw does not take fused, which .* set for adamw; use adamw, or remove"
+        "optimizer.name: decoupled_adamw does not take fused, which .* sets for adamw; use adamw, or"
     ),
     "variables.setting=rapid; scheduler.name=constant_with_warmup": "scheduler.name: constant_.* does not take alpha_f",
     "optimizer.lrr=1": "optimizer.lrr: 1 is not an option of adamw; did you mean lr",
@@ -82,9 +82,9 @@ REFUSED = {
     "model.norm_eps=abc": "model.norm_eps: 'abc' is not a number ≥ 0",
     "model.attn_config.softmax_scale=abc": "model.attn_config.softmax_scale: 'abc' is not a number",
     "model.max_seq_len=15": "model.max_seq_len: 15 is less than max_seq_len: 16; set model.max_seq_len to 16 or more",
-    "eval_loader.label=far; eval_loader.dataset.max_seq_len=17": (
-        "model.max_seq_len: 16 is less than eval_loader far.dataset.max_seq_len: 17; set"
-    ),
+    "eval_loader.dataset.max_seq_len=17": "max_seq_len: 16 is less than eval_loader.dataset.max_seq_len: 17; set model",
+    "eval_loader.label=1; eval_loader.dataset.max_seq_len=17": "is less than eval_loader 1.dataset.max_seq_len: 17",
+    "icl_tasks_str=tasks.yaml; icl_seq_len=17": "model.max_seq_len: 16 is less than icl_seq_len: 17",
     "icl_tasks=tasks.yaml; icl_seq_len=17": "model.max_seq_len: 16 is less than icl_seq_len: 17",
     "max_duration=1000tok; scheduler.t_warmup=2ba": "t_warmup: 2ba and max_duration: 1000tok have two units; write",
     "scheduler.t_max=1000tok": "scheduler.t_warmup: .*ba and scheduler.t_max: 1000tok have two units",
