@@ -1,5 +1,6 @@
 """Estimate the memory that training needs on each GPU, for `llmfoundry-wesar inspect CONFIG --gpus N`."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -61,26 +62,23 @@ def _block(model: Mapping[str, Any], compiled: bool) -> float:
     heads, because grouped ones are repeated), and the hidden values of the feed-forward layer before and after the
     activation. A compiled block computes the inputs of W_q, W_k and W_v again.
     """
-    d, ffn = model["d_model"], model.get("ffn_config") or {}
+    d, ffn = model["d_model"], model["ffn_config"] or {}
     width = model["n_heads"] * (model.get("head_dim") or d // model["n_heads"])
-    hidden = ffn.get("ffn_hidden_size") or model.get("expansion_ratio", 4) * d
+    hidden = ffn.get("ffn_hidden_size") or model["expansion_ratio"] * d
     values = 4 if ffn.get("ffn_type") == "mptglu" else 2
     return 4 * d + (0 if compiled else 6 * d) + 2 * 4 * width + 6 * d + 2 * hidden * values
 
 
 def _shards(fsdp: Mapping[str, Any], gpus: int) -> int:
     """Return the number of GPUs over which parameters, gradients and moments are sharded."""
-    strategy, degree = fsdp.get("sharding_strategy", "FULL_SHARD"), fsdp.get("data_parallel_shard_degree", -1)
-    if not fsdp or strategy == "NO_SHARD":
+    if not fsdp:
         return 1
-    if degree != -1:
-        return min(degree, gpus)
-    if "HYBRID" in strategy:
-        raise ValueError(
-            f"fsdp_config.sharding_strategy: {strategy} shards over some of the GPUs; --gpus needs their number as "
-            "fsdp_config.data_parallel_shard_degree."
-        )
-    return gpus
+    if os.environ.get("FSDP_VERSION", "1") == "2":  # for which Composer ignores the keys below
+        return gpus
+    if str(fsdp.get("sharding_strategy", "")).upper() == "NO_SHARD":
+        return 1
+    degree = fsdp.get("data_parallel_shard_degree") or -1
+    return degree if degree != -1 else gpus // (fsdp.get("data_parallel_replicate_degree") or 1)
 
 
 def estimate(config: Mapping[str, Any], parameters: int, gpus: int) -> Memory:
@@ -95,8 +93,7 @@ def estimate(config: Mapping[str, Any], parameters: int, gpus: int) -> Memory:
         gpus: Number of GPUs of the run.
 
     Raises:
-        ValueError: If the microbatch is not a number, the model is not an MPT, or FSDP shards over a number of GPUs
-            that the config does not say.
+        ValueError: If the microbatch is not a number, or the model is not an MPT.
     """
     # The keys that the config leaves out have foundry's default values.
     model, fsdp = MPTConfig().to_dict() | config["model"], config.get("fsdp_config") or {}

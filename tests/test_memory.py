@@ -93,16 +93,17 @@ def test_the_command_prints_it_and_names_a_microbatch_that_is_no_number():
     assert run.exit_code != 0 and "device_train_microbatch_size: 'auto' is not a number" in run.stderr
 
 
-def test_sharding_over_fewer_gpus_needs_more_memory():
-    """NO_SHARD keeps what one GPU without FSDP has; a hybrid of 2 × 4 GPUs what four have."""
+def test_sharding_over_fewer_gpus_needs_more_memory(monkeypatch):
+    """NO_SHARD keeps what one GPU without FSDP has; a hybrid of 2 × 4 GPUs what four have. FSDP2 ignores both keys."""
+    monkeypatch.setenv("FSDP_VERSION", "1")
     one, eight, four = (memory("1.3b", gpus) for gpus in (1, 8, 4))
     none = memory("1.3b", 8, "fsdp_config.sharding_strategy=NO_SHARD")
-    hybrid = ["fsdp_config.sharding_strategy=HYBRID_SHARD", "fsdp_config.data_parallel_shard_degree=4"]
+    hybrid = ["fsdp_config.sharding_strategy=HYBRID_SHARD", "fsdp_config.data_parallel_replicate_degree=2"]
     assert none.parameters == one.parameters == 8 * eight.parameters
     assert none.optimizer == one.optimizer == 8 * eight.optimizer
     assert memory("1.3b", 8, *hybrid).optimizer == four.optimizer
-    with pytest.raises(ValueError, match=r"sharding_strategy: HYBRID_SHARD .*data_parallel_shard_degree"):
-        memory("1.3b", 8, hybrid[0])
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert memory("1.3b", 8, *hybrid) == eight
 
 
 def test_keys_that_a_config_leaves_out_have_foundrys_values():
