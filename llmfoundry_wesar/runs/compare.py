@@ -22,7 +22,7 @@ import sys
 import sysconfig
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -50,6 +50,7 @@ _NO_EFFECT |= {"metadata", "progress_bar", "python_log_level", "run_name", "vari
 _LOGGED = {
     "update_ratio_monitor": {"metrics", "by_role", "by_matrix", "picture_interval"},
     "gate_monitor": {"by_role", "by_matrix"},
+    "spike_recorder": {"folder"},
 }
 _OURS = ("variables.method", "seed", "train_loader.dataset.shuffle_seed", "run_name", "loggers.tensorboard.log_dir")
 _BAR = "{desc}{percentage:3.0f}%|{bar}| {n:.2f}/{total} runs [{elapsed}<{remaining}]"
@@ -178,7 +179,7 @@ def plan(
     Raises:
         FileNotFoundError: The YAML does not exist.
         ValueError: A list is empty, a method is unknown, a key or run occurs twice, the runs would not log a held-out
-            loss at the end, or `inspect_config` refuses the config.
+            loss at the end or would share a callback's folder, or `inspect_config` refuses the config.
     """
     pairs = [text.partition("=") for text in vary]
     # Split at commas, but not inside brackets: a YAML list is one value.
@@ -243,21 +244,24 @@ def plan(
             nproc=nproc,
             command=(*launcher, str(scripts / "llmfoundry"), "train", file, *arguments, *where),
         )
-    if len(runs) > 1:
-        _check_folders(config, next(iter(runs.values())).overrides)
+    _check_folders(config, runs.values())
     return list(runs.values())
 
 
-def _check_folders(config: str, overrides: Sequence[str]) -> None:
-    """Refuse callbacks with a folder in which each run would replace the files of the one before."""
-    callbacks = load_config(config, [*overrides, "run_name='{run_name}'"]).get("callbacks") or {}
-    for name, options in callbacks.items():
-        for key in ("save_folder", "folder"):
-            folder = (options or {}).get(key)
-            if isinstance(folder, str) and "{run_name}" not in folder:
-                raise ValueError(
-                    f"callbacks.{name}.{key}: {folder!r} would be the same for all runs; add {{run_name}} to it"
-                )
+def _check_folders(config: str, runs: Iterable[Run]) -> None:
+    """Refuse callbacks that would replace the files of an earlier run, because their folder is the same."""
+    seen = set()
+    for run in runs:
+        callbacks = load_config(config, [*run.overrides, "run_name='{run_name}'"]).get("callbacks") or {}
+        for name, options in callbacks.items():
+            for key in ("save_folder", "folder"):
+                folder = options.get(key) if isinstance(options, Mapping) else None
+                if isinstance(folder, str) and "{run_name}" not in folder:
+                    if (name, key, folder) in seen:
+                        raise ValueError(
+                            f"callbacks.{name}.{key}: two runs would write to {folder!r}; add {{run_name}} to it"
+                        )
+                    seen.add((name, key, folder))
 
 
 def results(runs: Sequence[Run], out: str | Path) -> list[Row]:
@@ -308,7 +312,7 @@ def commit_of_code() -> str:
         # A series appends to a tracked file in results/, which must not count as a change.
         for command in (["describe", "--always"], ["status", "--porcelain", "--untracked-files=no", ":!results"])
     )
-    return commit.strip() + ("-dirty" if changes else "")
+    return commit.strip() + ("-dirty" if commit and changes else "")
 
 
 def _conditions(nproc: int | None) -> dict[str, str]:

@@ -297,10 +297,10 @@ def test_a_folder_of_a_callback_that_all_runs_would_share_is_refused(tmp_path):
     def planned(seeds, folder):
         return plan(CONFIG, ["wesar"], seeds, tmp_path, overrides=[f"callbacks.spike_recorder.folder={folder}"])
 
-    with pytest.raises(ValueError, match=r"spike_recorder\.folder: 'spikes' would be the same .*; add \{run_name\}"):
+    with pytest.raises(ValueError, match=r"spike_recorder\.folder: two runs would write to 'spikes'; add \{run_name\}"):
         planned([1, 2], "spikes")
     assert len(planned([1], "spikes")) == 1
-    for folder in ("'spikes/{run_name}'", "spikes/${run_name}"):
+    for folder in ("'spikes/{run_name}'", "spikes/${run_name}", "spikes/${seed}"):
         assert len(planned([1, 2], folder)) == 2
 
 
