@@ -179,11 +179,11 @@ def _check_names(default: dict[Any, Any], merged: dict[Any, Any]) -> None:
         if name == wanted or not {name, wanted} <= registry.get_all().keys() or takes_any_key(registry.get(name)):
             continue
         known = {*arguments(registry.get(name)), "name", "param_groups"}
-        if foreign := [key for key in default[section] if key not in known]:
+        if foreign := [key for key, value in default[section].items() if value is not None and key not in known]:
             raise ValueError(
-                f"{section}.name: {name} does not take {', '.join(foreign)}, which variables.setting and "
-                f"variables.method set for {wanted}; use {wanted}, or remove variables.setting and write its keys into "
-                "the config."
+                f"{section}.name: {name} does not take {', '.join(foreign)}, which variables.setting or "
+                f"variables.method sets for {wanted}; use {wanted}, or remove that variable and write the keys that "
+                "you need into the config."
             )
 
 
@@ -214,9 +214,10 @@ def expand(config: dict[str, Any], check_data: bool = True, check_keys: bool = T
         The expanded config.
 
     Raises:
-        ValueError: If the method or setting is not known, the config has keys of another method, a folder is missing,
-            FSDP1 would round buffers, `mpt_causal_lm` has tied embeddings with a too large `emb_init_std`, or a key or
-            value of a config with a model of ours is refused.
+        ValueError: If the method or setting is not known, the config has keys of another method, its optimizer or
+            scheduler does not take the keys that these set, a folder is missing, FSDP1 would round buffers,
+            `mpt_causal_lm` has tied embeddings with a too large `emb_init_std`, or a key or value of a config with a
+            model of ours is refused.
     """
     variables = config.get("variables") or {}
     if not isinstance(variables, dict):
