@@ -33,7 +33,7 @@ def one_line_errors() -> Iterator[None]:
 def _local(path: Any) -> Any:
     """Refuse an output in an object store, which would become a local folder named s3:."""
     with one_line_errors():
-        if path is not None and re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):
+        if path is not None and re.match(r"(?i)[a-z]+\d*:/", str(path)):
             raise ValueError(f"{path}: this is in an object store; give a local path, and copy the result there")
     return path
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from composer.core import State, Time
 from composer.loggers import Logger, TensorboardLogger
-from composer.utils import dist, format_name_with_dist, parse_uri
+from composer.utils import dist, format_name_with_dist
 from torch import Tensor
 
 from llmfoundry_wesar.callbacks.interval import IntervalCallback
@@ -100,8 +100,8 @@ class SpikeRecorder(IntervalCallback):
         for key, value in (("deviations", deviations), ("nats", nats)):
             if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
                 raise ValueError(f"{self.key(key)}: {value!r} is not a number of at least 0.")
-        if folder is not None and parse_uri(folder)[0]:
-            raise ValueError(f"{self.key('folder')}: {folder!r} is in an object store; give a local folder.")
+        if folder is not None and (not isinstance(folder, str) or "://" in folder):
+            raise ValueError(f"{self.key('folder')}: {folder!r} is not the name of a local folder.")
         self.window, self.after, self.deviations, self.nats, self.most = window, after, deviations, nats, most
         self.folder = folder
         self._losses: deque[float] = deque(maxlen=JUMP_WINDOW + 1)
@@ -120,7 +120,7 @@ class SpikeRecorder(IntervalCallback):
         self._path = named or beside / FOLDER
         if self._written() >= self.most and dist.get_global_rank() == 0:
             log.warning(
-                "spike_recorder: %s has %d spikes or more, so none is written. Raise %s, or give another folder.",
+                "spike_recorder: %s has at least %d spikes, so this run writes none. Raise %s, or give another folder.",
                 self._path,
                 self.most,
                 self.key("most"),
