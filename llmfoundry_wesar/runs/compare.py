@@ -22,7 +22,7 @@ import sys
 import sysconfig
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -46,7 +46,7 @@ from llmfoundry_wesar.runs.summary import Row, append_rows, draw_curves, measure
 # Config keys that do not change the result and so are not hashed. `variables` act through the keys that refer to them.
 _NO_EFFECT = {"autoresume", "console_log_interval", "flatten_metadata", "log_config", "log_to_console", "loggers"}
 _NO_EFFECT |= {"metadata", "progress_bar", "python_log_level", "run_name", "variables"}
-# Callback → its keys that only choose what is logged. They are not hashed either.
+# Callback → its keys that only choose what is logged, or where. They are not hashed either.
 _LOGGED = {
     "update_ratio_monitor": {"metrics", "by_role", "by_matrix", "picture_interval"},
     "gate_monitor": {"by_role", "by_matrix"},
@@ -153,6 +153,16 @@ def _held_out(config: str, expanded: Mapping[str, Any]) -> str:
     return f"metrics/eval/{label}LanguageCrossEntropy"
 
 
+def _fixed_folders(config: Mapping[str, Any]) -> set[tuple[str, str, str]]:
+    """Return callback, key and folder, for each folder of a callback that does not hold the run's name."""
+    return {
+        (name, key, options[key])
+        for name, options in (config.get("callbacks") or {}).items()
+        for key in ("save_folder", "folder")
+        if isinstance(options, Mapping) and isinstance(options.get(key), str) and "{run_name}" not in options[key]
+    }
+
+
 def plan(
     config: str,
     methods: Sequence[str],
@@ -206,6 +216,7 @@ def plan(
     scripts = Path(sysconfig.get_path("scripts"))
     launcher = () if nproc is None else (str(scripts / "composer"), "-n", str(nproc), "-c")
     runs: dict[str, Run] = {}
+    taken: set[tuple[str, str, str]] = set()
     for seed, combination in product(seeds, product(*sweeps, methods)):
         *varied, method = combination
         common = [*overrides, *varied, f"variables.method={method}"]
@@ -215,6 +226,11 @@ def plan(
         config_hash = _hash(expanded)
         if config_hash in runs:
             raise ValueError(f"{' '.join(own)}: the plan has this run twice; name each method, seed and value once")
+        if fixed := _fixed_folders(expanded):  # they may hold it through an interpolation, so read them again
+            fixed = _fixed_folders(load_config(config, [*own, "run_name='{run_name}'"]))
+        for callback, key, folder in fixed & taken:
+            raise ValueError(f"callbacks.{callback}.{key}: two runs would write to {folder!r}; add {{run_name}} to it")
+        taken |= fixed
         short = (re.sub(r"^[^=]*\.", "", text) for text in varied)
         # A file name has at most 255 bytes.
         name = re.sub(r"[^\w.=-]", "_", "-".join([method, *short]), flags=re.ASCII)[:180]
@@ -244,24 +260,7 @@ def plan(
             nproc=nproc,
             command=(*launcher, str(scripts / "llmfoundry"), "train", file, *arguments, *where),
         )
-    _check_folders(config, runs.values())
     return list(runs.values())
-
-
-def _check_folders(config: str, runs: Iterable[Run]) -> None:
-    """Refuse callbacks that would replace the files of an earlier run, because their folder is the same."""
-    seen = set()
-    for run in runs:
-        callbacks = load_config(config, [*run.overrides, "run_name='{run_name}'"]).get("callbacks") or {}
-        for name, options in callbacks.items():
-            for key in ("save_folder", "folder"):
-                folder = options.get(key) if isinstance(options, Mapping) else None
-                if isinstance(folder, str) and "{run_name}" not in folder:
-                    if (name, key, folder) in seen:
-                        raise ValueError(
-                            f"callbacks.{name}.{key}: two runs would write to {folder!r}; add {{run_name}} to it"
-                        )
-                    seen.add((name, key, folder))
 
 
 def results(runs: Sequence[Run], out: str | Path) -> list[Row]:
