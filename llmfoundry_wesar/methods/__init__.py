@@ -179,7 +179,7 @@ def _check_names(default: dict[Any, Any], merged: dict[Any, Any]) -> None:
         if name == wanted or not {name, wanted} <= registry.get_all().keys() or takes_any_key(registry.get(name)):
             continue
         known = {*arguments(registry.get(name)), "name", "param_groups"}
-        if foreign := [key for key, value in default[section].items() if value is not None and key not in known]:
+        if foreign := [key for key in default[section] if key not in known]:
             raise ValueError(
                 f"{section}.name: {name} does not take {', '.join(foreign)}, which variables.setting or "
                 f"variables.method sets for {wanted}; use {wanted}, or remove that variable and write the keys that "
@@ -194,7 +194,8 @@ def _merge(defaults: list[DictConfig], config: dict[str, Any]) -> dict[str, Any]
     for key, value in default.items():
         if isinstance(value, dict) and not isinstance(config.get(str(key)), dict | None):
             raise ValueError(f"{key}: {config[str(key)]!r} is not a mapping of keys to values.")
-    merged = OmegaConf.to_container(OmegaConf.merge(_without_nulls(default), config), resolve=True)
+    default = _without_nulls(default)
+    merged = OmegaConf.to_container(OmegaConf.merge(default, config), resolve=True)
     assert isinstance(merged, dict)
     _check_names(default, merged)
     return {str(key): value for key, value in merged.items()}
