@@ -114,10 +114,11 @@ class SpikeRecorder(IntervalCallback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Find the folder, and say so if it is already full."""
-        tensorboard = [d for d in logger.destinations if isinstance(d, TensorboardLogger)]
-        beside = Path(tensorboard[0].log_dir or "", state.run_name) if tensorboard else Path(state.run_name)
-        named = None if self.folder is None else Path(format_name_with_dist(self.folder, state.run_name))
-        self._path = named or beside / FOLDER
+        if self.folder is None:
+            logs = (d.log_dir for d in logger.destinations if isinstance(d, TensorboardLogger))
+            self._path = Path(next(logs, None) or "", state.run_name, FOLDER)
+        else:
+            self._path = Path(format_name_with_dist(self.folder, state.run_name))
         if self._written() >= self.most and dist.get_global_rank() == 0:
             log.warning(
                 "spike_recorder: %s has at least %d spikes, so this run writes none. Raise %s, or give another folder.",
