@@ -123,7 +123,7 @@ def load_config(path: str, overrides: list[str] | None = None, check_data: bool 
         check_data: As for `methods.expand`.
 
     Raises:
-        FileNotFoundError: If there is no such file, or none of its `code_paths`.
+        FileNotFoundError: If there is no such file, or one of its `code_paths` is missing.
         RuntimeError: If the code of one of its `code_paths` fails.
         ValueError: If the file or an override is not YAML or has a comment, or a top-level key, the method or the
             setting is not known.
