@@ -13,13 +13,13 @@ def report(evidence: Evidence) -> Verdict:
     """Judge the claim by its rule."""
     small, wesar = (evidence.losses(method, MAIN_SEEDS) for method in MAIN)
     n, quotient = len(MAIN_SEEDS), small.var(ddof=1) / wesar.var(ddof=1)
-    bar = stats.f.ppf(0.95, n - 1, n - 1)
+    bound = stats.f.ppf(0.95, n - 1, n - 1)
     picture, (axis,) = panels(1, height=1.8)
     dots(axis, dict(zip(MAIN, (small - small.mean(), wesar - wesar.mean()), strict=True)), COLOURS)
     axis.set_xlabel("held-out loss − mean of its method (nats)")
     return Verdict(
-        decide(quotient > bar, 1 / quotient > bar),
+        decide(quotient > bound, 1 / quotient > bound),
         f"Held-out loss: Small {small.mean():.3f} ± {small.std(ddof=1):.4f} (n = {n}), WeSaR {wesar.mean():.3f} ± "
-        f"{wesar.std(ddof=1):.4f} (n = {n}). The variances' quotient is {quotient:.2f}; the bar is {bar:.2f}.",
+        f"{wesar.std(ddof=1):.4f} (n = {n}). The variances' quotient is {quotient:.2f}; it has to exceed {bound:.2f}.",
         picture,
     )

@@ -291,7 +291,7 @@ def test_spread_over_seeds_is_judged_by_the_f_test(tmp_path: Path, factor: float
     verdict = seeds.report(Evidence(tmp_path))
     assert verdict.status == status
     # The table value of F(0.95; 7, 7).
-    assert f"quotient is {factor**2:.2f}; the bar is 3.79" in verdict.sentences
+    assert f"quotient is {factor**2:.2f}; it has to exceed 3.79" in verdict.sentences
 
 
 def _ratio(rate: float) -> Scalars:
