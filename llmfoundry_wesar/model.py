@@ -286,6 +286,8 @@ class WeSaRMPTModel(MPTModel):
 
     def __init__(self, config: WeSaRMPTConfig):
         super().__init__(config)
+        # Foundry sets this in the first forward pass, after which torch.compile would compile the whole model again.
+        self._attn_bias_initialized = self.attn_bias_shape is None
         if config.norm_placement == "post":
             # The output of the last block is already normalised.
             self.norm_f = nn.Identity()
