@@ -15,6 +15,7 @@ import torch
 from composer.devices import Device
 from composer.utils import dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -84,6 +85,9 @@ def named_shards(model: nn.Module) -> dict[str, Shard]:
     """
     model = _unwrap(model)
     ranks = dist.get_world_size()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # After an evaluation FSDP2 may still hold whole parameters, which no optimizer knows.
     flat: dict[nn.Parameter, Shard] = {}
     for unit in FSDP1.fsdp_modules(model):
         if unit._handle is None:  # it has no parameters

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,12 @@ def stop_resume_and_reload(data: Path, folder: Path, method: str) -> tuple[dict,
         export(folder / "sharded", folder / "plain")
         reparameterize(folder / "plain", folder / "gated.pt", method)
     dist.barrier()
-    load = [f"load_path={folder / 'gated.pt'}", "load_weights_only=true", "eval_first=true", "max_duration=1ba"]
-    return whole, rest, train(data, folder, *options("full"), *load)
+    load = [f"load_path={folder / 'gated.pt'}", "load_weights_only=true", "max_duration=1ba"]
+    # After this evaluation FSDP2 holds whole parameters, in which the optimizer's gates have to be found too.
+    load += ["eval_first=true", "fsdp_config.reshard_after_forward=false"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "gate_monitor: the model has no gates")
+        return whole, rest, train(data, folder, *options("full"), *load)
 
 
 def stop_resume_and_reload_each(data: Path, folder: Path) -> dict[str, tuple[dict, dict[str, dict], dict]]:
