@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.mathtext import MathTextParser
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from llmfoundry_wesar.roles import BY_NAME, block_index, rank, role_name
+from llmfoundry_wesar.roles import BY_NAME, block_index, role_name, role_order
 
 Ranges = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """Role → (x, values). The rows of values are the least, median and greatest value over the matrices of the role."""
@@ -154,7 +154,7 @@ def draw_roles(runs: Mapping[str, Ranges], x: str = "step") -> Figure:
     Returns:
         The figure. Each line has the label `<run> role_update_ratio/<role>/median`.
     """
-    roles = sorted({role for ranges in runs.values() for role in ranges}, key=rank)
+    roles = sorted({role for ranges in runs.values() for role in ranges}, key=role_order)
     columns = min(len(roles), 4)
     rows, colours = math.ceil(len(roles) / columns), colours_of(list(runs))
     with matplotlib.rc_context(STYLE):
@@ -194,7 +194,7 @@ def draw_heat(networks: Mapping[str, Network], x: str = "step") -> Figure:
     Returns:
         The figure. Each line has the label `<run> role_update_ratio/<role>/median`.
     """
-    roles = sorted({role for network in networks.values() for role in network.roles}, key=rank)
+    roles = sorted({role for network in networks.values() for role in network.roles}, key=role_order)
     colours, scale = colours_of(roles), _scale(network.ratios for network in networks.values())
     with matplotlib.rc_context(STYLE):
         rows = len(networks)
@@ -237,7 +237,7 @@ def _draw_heat_map(axis: Axes, ratios: Mapping[str, float], scale: LogNorm) -> N
     cells: dict[tuple[str, int | None], list[float]] = defaultdict(list)
     for path, ratio in ratios.items():
         cells[role_name(path), block_index(path)].append(ratio)
-    roles = sorted({role for role, _ in cells}, key=rank)
+    roles = sorted({role for role, _ in cells}, key=role_order)
     blocks = 1 + max((block for _, block in cells if block is not None), default=0)
     values = np.full((len(roles), blocks), np.nan)
     for (role, block), found in cells.items():

@@ -87,7 +87,7 @@ def block_index(path: str) -> int | None:
     return int(block[1]) if block else None
 
 
-def rank(role: str) -> tuple[int, str]:
+def role_order(role: str) -> tuple[int, str]:
     """Return a sort key: roles in the order of `BY_NAME`, then other names in alphabetical order."""
     names = list(BY_NAME)
     return (names.index(role) if role in names else len(names), role)
@@ -100,7 +100,7 @@ def by_role(values: Mapping[str, float]) -> dict[str, dict[str, float]]:
         values: Module path → value.
 
     Returns:
-        Role name → `min`, `median` and `max`, in the order of `rank`.
+        Role name → `min`, `median` and `max`, in the order of `role_order`.
     """
     grouped: dict[str, list[float]] = defaultdict(list)
     for path, value in values.items():
@@ -108,5 +108,5 @@ def by_role(values: Mapping[str, float]) -> dict[str, dict[str, float]]:
     statistics = {"min": np.min, "median": np.median, "max": np.max}
     return {
         role: {name: float(statistic(grouped[role])) for name, statistic in statistics.items()}
-        for role in sorted(grouped, key=rank)
+        for role in sorted(grouped, key=role_order)
     }

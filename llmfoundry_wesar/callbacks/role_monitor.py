@@ -10,7 +10,7 @@ from composer.loggers import Logger
 
 from llmfoundry_wesar.callbacks.charts import add_charts, leave_out_of_summary
 from llmfoundry_wesar.callbacks.interval import IntervalCallback
-from llmfoundry_wesar.roles import rank, role_name
+from llmfoundry_wesar.roles import role_name, role_order
 
 
 class RoleMonitor(IntervalCallback):
@@ -53,7 +53,7 @@ class RoleMonitor(IntervalCallback):
         monitors = [callback for callback in state.callbacks if isinstance(callback, RoleMonitor)]
         if monitors[:1] == [self]:
             names = {each.quantity: set(map(role_name, each.matrices(state))) for each in monitors if each.by_role}
-            add_charts(logger, {quantity: sorted(roles, key=rank) for quantity, roles in names.items() if roles})
+            add_charts(logger, {quantity: sorted(roles, key=role_order) for quantity, roles in names.items() if roles})
 
     def log(self, logger: Logger, metrics: Mapping[str, float], roles: Mapping[str, Mapping[str, float]]) -> None:
         """Log metrics of the matrices, and the range of the quantity over the matrices of each role.

@@ -31,7 +31,7 @@ from llmfoundry_wesar.figures import (
     text_gap,
     token_ticks,
 )
-from llmfoundry_wesar.roles import rank
+from llmfoundry_wesar.roles import role_order
 from llmfoundry_wesar.runs.scalars import (
     Curve,
     Scalars,
@@ -251,7 +251,7 @@ def draw(
     spec = FIGURES[figure]
     if figure in _OF_NETWORK:
         return _draw_network(figure, runs, curves, smooth, x)
-    roles = sorted({curve.role for curve in curves}, key=rank)
+    roles = sorted({curve.role for curve in curves}, key=role_order)
     panels = {"family": spec.families, "run": list(runs), "role": roles}[spec.panels]
     hues = roles if spec.panels == "run" else list(runs)
     colours = colours_of(hues)

@@ -20,7 +20,7 @@ import google_crc32c
 import numpy as np
 from tensorboard.compat.proto import event_pb2
 
-from llmfoundry_wesar.roles import block_index, rank, role_name
+from llmfoundry_wesar.roles import block_index, role_name, role_order
 
 # Of a record in an event file.
 _HEAD, _CHECKSUM = struct.Struct("<QI"), struct.Struct("<I")
@@ -266,7 +266,7 @@ def find_curves(run: str, scalars: Scalars, prefix: str) -> list[Curve]:
         if first == prefix and (statistic in ("", "mean") or prefix.startswith("role_")):
             family = prefix.removeprefix("virtual_")
             curves.append(Curve(run, metric, family, role_name(module), block_index(module)))
-    return sorted(curves, key=lambda curve: (rank(curve.role), curve.block or 0))
+    return sorted(curves, key=lambda curve: (role_order(curve.role), curve.block or 0))
 
 
 def role_ranges(scalars: Scalars) -> dict[str, tuple[np.ndarray, np.ndarray]]:
