@@ -17,7 +17,7 @@ from torch import Tensor
 KeyValue = tuple[Tensor, Tensor]
 
 
-def flash_or_stock_attention(
+def sdpa_or_stock_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -106,7 +106,7 @@ def flash_or_stock_attention(
 
 
 class SDPAttention(GroupedQueryAttention):
-    """Foundry's grouped-query attention with `flash_or_stock_attention` as its attention function.
+    """Foundry's grouped-query attention with `sdpa_or_stock_attention` as its attention function.
 
     It is registered as `sdpa_attention`, for multi-head (the default), grouped-query and multi-query attention::
 
@@ -134,7 +134,7 @@ class SDPAttention(GroupedQueryAttention):
                 f"model.attn_config.attn_impl: {attn_impl} does not work with attn_type: sdpa_attention; use torch."
             )
         super().__init__(d_model, n_heads, n_heads if kv_n_heads is None else kv_n_heads, attn_impl=attn_impl, **kwargs)
-        self.attn_fn = flash_or_stock_attention
+        self.attn_fn = sdpa_or_stock_attention
 
 
 def drop_full_mask(batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

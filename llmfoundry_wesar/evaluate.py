@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
-from llmfoundry_wesar.attention import flash_or_stock_attention
+from llmfoundry_wesar.attention import sdpa_or_stock_attention
 from llmfoundry_wesar.data import evaluation as evaluation_data
 from llmfoundry_wesar.data.shards import adds_eos, encode
 from llmfoundry_wesar.export.conversion import merge
@@ -316,7 +316,7 @@ def evaluate(
     model = trained if dtype == "float32" else round_weights(trained, getattr(torch, dtype))
     for module in model.modules():
         if hasattr(module, "attn_fn"):
-            module.attn_fn = flash_or_stock_attention  # type: ignore[assignment]
+            module.attn_fn = sdpa_or_stock_attention  # type: ignore[assignment]
     model.to(device)  # type: ignore[arg-type]
     context = model.config.max_seq_len
     options: dict[str, Any] = {"batch_size": batch_size, "max_length": context, "softmax_dtype": "float32"}

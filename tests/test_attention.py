@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from llmfoundry_wesar.attention import SDPAttention, drop_full_mask, flash_or_stock_attention
+from llmfoundry_wesar.attention import SDPAttention, drop_full_mask, sdpa_or_stock_attention
 from tests.recorder import Recorder
 from tests.tiny import build
 
@@ -92,8 +92,8 @@ def call(function: Any, length: int = 9, **kwargs: Any) -> tuple[Tensor, Tensor 
 def test_what_no_kernel_computes_goes_to_the_stock_function(feature: dict[str, Any]):
     """The result is the stock function's to the bit, and differs from that of plain causal attention."""
     expected = call(scaled_multihead_dot_product_attention, **feature)[0]
-    assert torch.equal(call(flash_or_stock_attention, **feature)[0], expected)
-    assert not torch.allclose(call(flash_or_stock_attention)[0], expected, atol=1e-2)
+    assert torch.equal(call(sdpa_or_stock_attention, **feature)[0], expected)
+    assert not torch.allclose(call(sdpa_or_stock_attention)[0], expected, atol=1e-2)
 
 
 def test_fewer_queries_than_keys_see_as_in_the_stock_function():
@@ -102,27 +102,27 @@ def test_fewer_queries_than_keys_see_as_in_the_stock_function():
     q, k, v = torch.randn(2, 4, WIDTH), torch.randn(2, 9, WIDTH), torch.randn(2, 9, WIDTH)
     ours, stock = (
         f(q, k, v, HEADS, HEADS, is_causal=True)[0]
-        for f in (flash_or_stock_attention, scaled_multihead_dot_product_attention)
+        for f in (sdpa_or_stock_attention, scaled_multihead_dot_product_attention)
     )
     assert torch.equal(ours, stock)
 
 
 def test_weights_on_request():
-    output, weights, _ = call(flash_or_stock_attention, needs_weights=True)
+    output, weights, _ = call(sdpa_or_stock_attention, needs_weights=True)
     assert weights is not None
     assert torch.equal(weights, call(scaled_multihead_dot_product_attention, needs_weights=True)[1])
-    torch.testing.assert_close(output, call(flash_or_stock_attention)[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(output, call(sdpa_or_stock_attention)[0], rtol=1e-5, atol=1e-6)
 
 
 def test_cache_has_the_stock_layout_and_continues_a_sequence():
     """The last of 9 tokens, from the cache of 8, equals the last row of a call with all 9, to float32 rounding."""
-    whole = call(flash_or_stock_attention, length=9, past_key_value=())
+    whole = call(sdpa_or_stock_attention, length=9, past_key_value=())
     stock = call(scaled_multihead_dot_product_attention, length=9, past_key_value=())
     torch.testing.assert_close(whole[2], stock[2], rtol=0, atol=0)
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 9, width) for width in (WIDTH, WIDTH // 2, WIDTH // 2))
-    cache = flash_or_stock_attention(q[:, :8], k[:, :8], v[:, :8], HEADS, 2, past_key_value=(), is_causal=True)[2]
-    step = flash_or_stock_attention(q[:, 8:], k[:, 8:], v[:, 8:], HEADS, 2, past_key_value=cache, is_causal=True)
+    cache = sdpa_or_stock_attention(q[:, :8], k[:, :8], v[:, :8], HEADS, 2, past_key_value=(), is_causal=True)[2]
+    step = sdpa_or_stock_attention(q[:, 8:], k[:, 8:], v[:, 8:], HEADS, 2, past_key_value=cache, is_causal=True)
     torch.testing.assert_close(step[0], whole[0][:, 8:], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(step[2], whole[2], rtol=0, atol=0)
 
@@ -130,10 +130,10 @@ def test_cache_has_the_stock_layout_and_continues_a_sequence():
 def test_dropout_is_that_of_the_stock_function():
     """On a CPU both functions draw the same mask from the same seed. In evaluation mode there is no dropout."""
     dropout = {"dropout_p": 0.4, "training": True}
-    ours, stock = (call(f, **dropout)[0] for f in (flash_or_stock_attention, scaled_multihead_dot_product_attention))
+    ours, stock = (call(f, **dropout)[0] for f in (sdpa_or_stock_attention, scaled_multihead_dot_product_attention))
     torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-6)
-    evaluated = call(flash_or_stock_attention, **{**dropout, "training": False})[0]
-    assert torch.equal(evaluated, call(flash_or_stock_attention)[0])
+    evaluated = call(sdpa_or_stock_attention, **{**dropout, "training": False})[0]
+    assert torch.equal(evaluated, call(sdpa_or_stock_attention)[0])
     assert not torch.allclose(evaluated, ours, atol=1e-2)
 
 
