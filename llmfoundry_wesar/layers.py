@@ -294,6 +294,10 @@ class SpectrallyNormalized(Reparameterized):
         spread = math.sqrt(shape[0]) + math.sqrt(shape[1])
         return (backbone_std * spread, backbone_std) if gain_init == "backbone" else (1.0, 1 / spread)
 
+    def forward(self, input: Tensor, *args: Any) -> Tensor:
+        self.step_power_iteration()
+        return super().forward(input, *args)
+
     def step_power_iteration(self) -> None:
         """Update u and v once if `iterate` is set.
 
@@ -321,17 +325,9 @@ class SigmaReparamLinear(SpectrallyNormalized, _ReparameterizedLinear):
         differentiable_norm: Whether the gradient goes through ‖W‖₂, as in Zhai et al.'s code (paper: no).
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        self.step_power_iteration()
-        return super().forward(input)
-
 
 class SigmaReparamEmbedding(SpectrallyNormalized, ScaledEmbedding):
     """An embedding with σReparam. For the arguments see `ScaledEmbedding` and `SigmaReparamLinear`."""
-
-    def forward(self, input: Tensor, unembed: bool = False) -> Tensor:
-        self.step_power_iteration()
-        return super().forward(input, unembed)
 
 
 # The embedding class with the same reparameterisation as each linear class.
