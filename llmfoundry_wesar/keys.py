@@ -108,17 +108,14 @@ def check_values(model: Mapping[str, Any]) -> None:
     scale, rope_impl = model.get("logit_scale"), attention.get("rope_impl", "hf")
     if scale is not None and not is_number(scale) and scale != "inv_sqrt_d_model":
         raise ValueError(f"model.logit_scale: {scale!r} is neither a number nor inv_sqrt_d_model.")
-    if attention.get("rope") and (rope_impl not in ("hf", "dail") or (rope_impl == "dail" and not _has_flash())):
+    usable = rope_impl == "hf" or (rope_impl == "dail" and is_flash_v2_installed(v2_version="2.0.1"))
+    if attention.get("rope") and not usable:
         fix = "needs the package flash_attn" if rope_impl == "dail" else "is not one of hf, dail"
         raise ValueError(f"model.attn_config.rope_impl: {rope_impl!r} {fix}; set it to hf.")
     if attention.get("attn_type") == "grouped_query_attention" and attention.get("kv_n_heads") is None:
         raise ValueError("model.attn_config.kv_n_heads is missing: attn_type: grouped_query_attention needs it.")
     _check_widths(model, attention, ffn)
     _check_activation(ffn.get("ffn_act_fn"))
-
-
-def _has_flash() -> bool:
-    return is_flash_v2_installed(v2_version="2.0.1")
 
 
 def _check_numbers(prefix: str, section: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
