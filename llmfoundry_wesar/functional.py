@@ -68,7 +68,8 @@ class _GatedLinear(torch.autograd.Function):
     Autograd would keep αW too. Under FSDP this is a whole matrix for each layer, and resharding W does not free it.
     Computing αW again takes one elementwise pass.
 
-    A second derivative raises an error. `once_differentiable` would raise a clearer one, but it costs 2 µs a call.
+    Second derivatives are not supported: that of ∂L/∂α raises an error, because `_gradients` overwrites G.
+    `once_differentiable` would refuse all of them clearly, but it costs 2 µs a call.
     """
 
     @staticmethod

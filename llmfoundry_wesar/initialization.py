@@ -74,7 +74,7 @@ def backbone_std(role: Role, backbone: Backbone, fan_in: int, d_model: int, div_
     Args:
         role: The role of the matrix.
         backbone: `he` or `small`.
-        fan_in: d_in, columns of the matrix.
+        fan_in: d_in, the number of input features, as `fan_in` returns it.
         d_model: d, the model's width.
         div_is_residual: √2N in the paper.
 

@@ -79,7 +79,7 @@ class StepMeasurement:
 
     def __init__(self, matrices: list[Matrix], metrics: tuple[str, ...], optimizers: Sequence[Optimizer]):
         virtual = any(metric.startswith("virtual") for metric in metrics)
-        self.names = metrics
+        self.metric_names = metrics
         self.matrices = matrices
         self.optimizers = optimizers
         self.gates = [(i, m.gate) for i, m in enumerate(matrices) if m.gate and (virtual or m.is_virtual)]
@@ -160,7 +160,7 @@ class StepMeasurement:
             if len(sums["clipping"]):
                 grad *= sums["clipping"] / dist.get_world_size()
             logged["grad_norm"] = dict(zip(names, grad.tolist(), strict=True))
-        return {f"{metric}/{name}": value for metric in self.names for name, value in logged[metric].items()}
+        return {f"{metric}/{name}": value for metric in self.metric_names for name, value in logged[metric].items()}
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
