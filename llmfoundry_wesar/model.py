@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
@@ -38,6 +38,7 @@ from llmfoundry_wesar.layers import (
 )
 from llmfoundry_wesar.losses import LossHead, LossLinear, LossTerms, cross_entropy
 from llmfoundry_wesar.roles import ROLES
+from llmfoundry_wesar.sharded import plain_name, reparameterized_layers
 
 # The functions that initialise each matrix by its role: for reparameterised and for plain layers.
 _ROLE_INITS = ("wesar_", "he_init_")
@@ -324,6 +325,27 @@ class WeSaRMPTModel(MPTModel):
         return blocks
 
 
+def _check_gates(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    """Refuse the weights of another method. Composer resumes without comparing the names of tensors.
+
+    Raises:
+        ValueError: If the gates or singular vectors in the state are not those of the model's layers.
+    """
+    leaves = ("gate", "left", "right")  # of `Gated`, `WeightNormalized` and `SpectrallyNormalized`
+    layers = reparameterized_layers(model).items()
+    own = [f"{name}.{leaf}" for name, layer in layers for leaf in leaves if hasattr(layer, leaf)]
+    saved = [plain_name(name).removeprefix(plain_name(prefix)) for name in state_dict]
+    saved = [name for name in saved if name.rpartition(".")[2] in leaves]
+    if set(saved) != set(own):
+        counts = [Counter(name.rpartition(".")[2] for name in names) for names in (saved, own)]
+        has, wants = (", ".join(f"{n} {leaf}" for leaf, n in count.items()) or "no gate" for count in counts)
+        raise ValueError(
+            f"load_path: the checkpoint has {has}, and the model {wants}. It was saved with another variables.method "
+            "or model.fc_type; set that one. Or convert it: `llmfoundry-wesar export --format mpt` makes a plain model "
+            "of it, and `llmfoundry-wesar reparameterize` makes a gated one of a plain one."
+        )
+
+
 class WeSaRMPTForCausalLM(MPTForCausalLM):
     """`MPTForCausalLM` whose W_p is a layer of `fc_type`, and is initialised on every device."""
 
@@ -332,6 +354,7 @@ class WeSaRMPTForCausalLM(MPTForCausalLM):
 
     def __init__(self, config: WeSaRMPTConfig):
         super().__init__(config)
+        self.register_load_state_dict_pre_hook(_check_gates)
         if config.attn_config["rope"]:
             # Foundry makes it a unit of FSDP, though it has no parameters. Every block calls it, and the hooks would
             # break each block's graph under torch.compile.

@@ -26,7 +26,8 @@ from llmfoundry_wesar.layers import Reparameterized
 _WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """Return a parameter's or module's name without the parts that wrappers add."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
@@ -103,7 +104,7 @@ def named_shards(model: nn.Module) -> dict[str, Shard]:
 
     shards = {}
     for name, parameter in model.named_parameters():
-        shards[_plain(name)] = flat.get(parameter) or shard_of(parameter)
+        shards[plain_name(name)] = flat.get(parameter) or shard_of(parameter)
     for name, layer in reparameterized_layers(model).items():
         # A gate that is not trained is a buffer, whole on every rank.
         shards.setdefault(f"{name}.gate", Shard(layer.gate, layer.gate.shape, ranks, None))
@@ -119,7 +120,7 @@ def module_path(parameter: str) -> str:
 def reparameterized_layers(model: nn.Module) -> dict[str, Reparameterized]:
     """Return the layers with a gate, by their names on one process."""
     modules = _unwrap(model).named_modules()
-    return {_plain(name): module for name, module in modules if isinstance(module, Reparameterized)}
+    return {plain_name(name): module for name, module in modules if isinstance(module, Reparameterized)}
 
 
 class _VirtualWeight(nn.Module):

@@ -52,6 +52,22 @@ def test_fixed_gates_are_no_parameters():
     assert not any(id(m.gate) in trained for m in model.modules() if isinstance(m, Gated))
 
 
+@pytest.mark.parametrize(
+    ("saved", "method", "counts"),
+    [
+        ("wesar", "he_init", "14 gate, and the model no gate"),
+        ("he_init", "wesar", "no gate, and the model 14 gate"),
+        ("wesar", "sigma_reparam", "14 gate, and the model 14 gate, 14 left, 14 right"),
+    ],
+)
+def test_the_weights_of_another_method_are_refused(saved, method, counts):
+    """Composer loads a whole checkpoint without `strict`, so that gates would be dropped without an error."""
+    state = build(saved).state_dict()
+    with pytest.raises(ValueError, match=f"load_path: the checkpoint has {counts}.*variables.method"):
+        build(method).load_state_dict(state, strict=False)
+    build("wesar_fixed" if saved == "wesar" else "small_init").load_state_dict(state)
+
+
 @pytest.mark.parametrize("method", ["wesar", "embedding_norm"])
 def test_weight_decay_spares_gates_and_norms_but_no_matrix(method):
     """The settings' param group, on a model with a `gate_proj`, and on one with a norm on its embedding."""
