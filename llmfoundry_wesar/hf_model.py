@@ -3,6 +3,7 @@
 The layers are those of transformers, so WeSaR's gates have to be in the optimizer: `optimizer.name: wesar_adamw`.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -163,6 +164,12 @@ class ComposerWeSaRHFCausalLM(ComposerHFCausalLM):
         super().__init__(tokenizer, pretrained_model_name_or_path, pretrained, **kwargs)
         self.z_loss = z_loss
         if pretrained:
+            if init_config is not None:
+                warnings.warn(
+                    "model.init_config is not used, because model.pretrained is true, which is the default. To train "
+                    "from scratch, set it to false.",
+                    stacklevel=2,
+                )
             return
         assert init_config is not None
         initialize = role_init(self.model, init_config)
