@@ -4,6 +4,7 @@ The tests need no network: each model is built from its config class.
 """
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ import transformers
 from composer.loggers import InMemoryLogger
 from llmfoundry.command_utils import train_from_yaml
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from llmfoundry_wesar.hf_model import ComposerWeSaRHFCausalLM, role_init
 from llmfoundry_wesar.losses import cross_entropy
-from llmfoundry_wesar.methods import expand
+from llmfoundry_wesar.methods import expand, load
 from tests.distributed import REPOSITORY
 from tests.tiny import within_sampling_error
 
@@ -122,6 +125,20 @@ def test_every_matrix_starts_by_its_role(family, tmp_path):
         if list(module.parameters(recurse=False)):
             model.param_init_fn(module)
     assert_starts(model, expected, norm)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weight_decay_spares_norms_but_no_matrix(family, tmp_path):
+    """The settings' param group, on the names of each family."""
+    [group] = load("setting", "rapid").optimizer.param_groups
+    config = AutoConfig.from_pretrained(saved(tmp_path, family))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    for name, module in model.named_modules():
+        for kind, parameter in module.named_parameters(recurse=False):
+            is_bias = kind == "bias" and isinstance(module, nn.Linear | Conv1D)
+            spared = re.search(group.param_str_match, f"model.{name}.{kind}") is not None
+            assert is_bias or spared == (parameter.ndim == 1), f"{name}.{kind}"
 
 
 def test_small_init(tmp_path):
