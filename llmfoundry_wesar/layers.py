@@ -203,7 +203,10 @@ class GatedEmbedding(Gated, ScaledEmbedding):
 def _check_norms(norms: Tensor) -> None:
     """Refuse a norm of 0, by which a layer would divide."""
     if not norms.is_meta and not norms.all():
-        raise ValueError("the norm of the matrix, or of one of its rows, is 0, and the layer divides by it")
+        raise ValueError(
+            "the norm of the matrix, or of one of its rows, is 0, and the layer divides by it (model.pad_token_id: N "
+            "makes row N of the embedding 0)"
+        )
 
 
 class WeightNormalized(Reparameterized):
