@@ -113,7 +113,15 @@ class SpikeRecorder(IntervalCallback):
         self._spike: _Spike | None = None
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Find the folder, and say so if it is already full."""
+        """Find the folder, and say so if it is already full.
+
+        Raises:
+            ValueError: If no matrix is trained.
+        """
+        if not trainable_matrices(state):
+            raise ValueError(
+                "callbacks.spike_recorder: no matrix is trained, so there is nothing to record; remove it."
+            )
         if self.folder is None:
             logs = (d.log_dir for d in logger.destinations if isinstance(d, TensorboardLogger))
             self._path = Path(next(logs, None) or "", state.run_name, FOLDER)
@@ -131,11 +139,10 @@ class SpikeRecorder(IntervalCallback):
     def after_train_batch(self, state: State, logger: Logger) -> None:
         """Record the values before the step."""
         self._rate = float(state.optimizers[0].param_groups[0]["lr"])
-        self._due = self.due(state)
-        if self._due:
-            self._measurement = StepMeasurement(
-                trainable_matrices(state), ("update_ratio", "grad_norm"), state.optimizers
-            )
+        matrices = trainable_matrices(state) if self.due(state) else []  # none if all were frozen since the start
+        self._due = bool(matrices)
+        if matrices:
+            self._measurement = StepMeasurement(matrices, ("update_ratio", "grad_norm"), state.optimizers)
             # As `GateMonitor`: the gates that the forward passes used.
             self._measurement.addends["gates"] = [
                 matrix.gate.local.sum() for matrix in self._measurement.matrices if matrix.gate is not None

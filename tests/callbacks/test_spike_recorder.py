@@ -271,6 +271,17 @@ def test_the_committed_config_spikes_and_its_matrices_moved_before(tmp_path):
     assert "First to move: `model." in report or "update ratios had grown before the loss: `model." in report
 
 
+def freeze(state: State) -> None:
+    for parameter in state.model.parameters():
+        parameter.requires_grad_(parameter.ndim < 2)
+
+
+def test_a_model_without_a_trained_matrix_is_refused_and_one_that_is_frozen_later_goes_on(tmp_path):
+    assert record(tmp_path, Inject(Event.BATCH_START, 3, freeze), steps=6)["loss/train/total"]
+    with pytest.raises(ValueError, match=r"callbacks.spike_recorder: no matrix is trained.*; remove it"):
+        record(tmp_path, Inject(Event.FIT_START, 0, freeze))
+
+
 OPTIONS = [{"window": 0}, {"after": -1}, {"most": 2.5}, {"nats": "much"}, {"deviations": -1}, {"folder": "s3://b/c"}]
 OPTIONS += [{"folder": 5}]
 
