@@ -89,7 +89,8 @@ class WeSaRAdamW(torch.optim.AdamW):
         self.clipping: Tensor | None = None
         self._names: dict[Tensor, str] = {}
         self._shards: dict[Tensor, Shard] = {}
-        self._loaded = False
+        # Whether a state was loaded that `gates` and `step` have not checked yet.
+        self.loaded = False
         # With `capturable`, `load_state_dict` puts the step counts on the device, where `step` reads them.
         super().__init__(params, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, capturable=True)
         names = [name for group in self.param_groups for name in group.get("param_names", ())]
@@ -139,7 +140,7 @@ class WeSaRAdamW(torch.optim.AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as torch does. The next call of `gates` or `step` checks that the state has the right gates."""
         super().load_state_dict(state_dict)
-        self._loaded = True
+        self.loaded = True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -215,9 +216,9 @@ class WeSaRAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def _start(self) -> None:
         """Create the state of each trained parameter that has none, with the gate α₀ = rms(V₀)/σ."""
-        if self._loaded:
+        if self.loaded:
             self._complete_loaded_state()
-            self._loaded = False
+            self.loaded = False
         new = [parameter for parameter in self._trained() if parameter not in self.state]
         if not new:
             return

@@ -126,6 +126,11 @@ def stop_resume_and_reload(data: Path, folder: Path, method: str) -> tuple[dict,
     load = [f"load_path={folder / 'gated.pt'}", "load_weights_only=true", "max_duration=1ba"]
     # After this evaluation FSDP2 holds whole parameters, in which the optimizer's gates have to be found too.
     load += ["eval_first=true", "fsdp_config.reshard_after_forward=false"]
+    if method == "wesar_adamw":
+        [checkpoint] = Path(folder / "sharded").glob("ep0-ba2")
+        ignored = [f"load_path={checkpoint}", "load_ignore_keys=[state/optimizers]"]
+        with pytest.raises(ValueError, match=r"no state of wesar_adamw: .*load_ignore_keys leaves the state out"):
+            train(data, folder, *options("sharded"), *ignored)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "gate_monitor: the model has no gates")
         return whole, rest, train(data, folder, *options("full"), *load)

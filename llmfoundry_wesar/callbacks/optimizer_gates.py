@@ -46,12 +46,15 @@ class OptimizerGates(IntervalCallback):
         """Bind the optimizer again, because loading may wrap the model. Initialise the gates that were not loaded."""
         for optimizer in _optimizers(state):
             optimizer.bind(state.model)
-            if state.timestamp.batch.value > 0 and not optimizer.state:
+            if not optimizer.loaded and state.timestamp.batch.value > 0:
                 raise ValueError(
                     f"load_path: the checkpoint has {state.timestamp.batch.value} steps, but no state of wesar_adamw: "
                     "it is of another optimizer, or load_ignore_keys leaves the state out. Set load_weights_only: true "
                     "to initialise the gates from the weights."
                 )
+            if not optimizer.loaded:
+                # To learn the state's keys, the load of a sharded checkpoint made a step with the initial weights.
+                optimizer.state.clear()
             optimizer.gates()
 
     def batch_start(self, state: State, logger: Logger) -> None:
