@@ -56,7 +56,8 @@ class WeSaRAdamW(torch.optim.AdamW):
         maximize: Not supported.
 
     Raises:
-        ValueError: If an argument is invalid, a parameter is neither float32 nor float64, or `gated` has no match.
+        ValueError: If an argument is invalid, a trained parameter is neither float32 nor float64, or `gated` has no
+            match.
     """
 
     def __init__(
@@ -99,13 +100,13 @@ class WeSaRAdamW(torch.optim.AdamW):
             self._check_gated()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        for key in param_group.keys() - {*self.defaults, "params", "param_names", "initial_lr"}:
+            raise ValueError(
+                f"optimizer.param_groups: {key}: {param_group[key]!r} is not an option of a group; set it for the "
+                "whole optimizer, or remove it."
+            )
         super().add_param_group(param_group)
-        for parameter in self.param_groups[-1]["params"]:
-            if parameter.dtype not in (torch.float32, torch.float64):
-                raise ValueError(
-                    f"wesar_adamw: small updates of {parameter.dtype} parameters are lost by rounding; keep parameters "
-                    "in float32 (model.master_weights_dtype: null) and compute in bfloat16 (precision: amp_bf16)."
-                )
+        _check_dtypes(self.param_groups[-1]["params"])
 
     def bind(self, model: nn.Module) -> None:
         """Read the names, shapes and shards of the parameters from the model. Call it after the model was wrapped.
@@ -222,6 +223,7 @@ class WeSaRAdamW(torch.optim.AdamW):
         new = [parameter for parameter in self._trained() if parameter not in self.state]
         if not new:
             return
+        _check_dtypes(new)
         self._check_gated()
         gated = [parameter for parameter in new if self.has_gate(parameter)]
         starts: dict[Tensor, float] = {}
@@ -295,6 +297,16 @@ def _state(parameter: Tensor, step: float, gate: tuple[float, ...] | None) -> di
         key: torch.zeros_like(parameter, memory_format=torch.preserve_format) for key in ("exp_avg", "exp_avg_sq")
     }
     return numbers | moments
+
+
+def _check_dtypes(parameters: Iterable[Tensor]) -> None:
+    """Refuse trained parameters in half precision."""
+    for parameter in parameters:
+        if parameter.requires_grad and parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"wesar_adamw: small updates of {parameter.dtype} parameters are lost by rounding; keep parameters in "
+                "float32 (model.master_weights_dtype: null) and compute in bfloat16 (precision: amp_bf16)."
+            )
 
 
 class _Block:

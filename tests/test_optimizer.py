@@ -312,9 +312,20 @@ def test_wrong_options_are_refused(options, message):
         WeSaRAdamW([("a.weight", matrix()), ("b.bias", nn.Parameter(torch.ones(3)))], **options)
 
 
+def test_an_option_that_no_group_can_have_is_refused():
+    with pytest.raises(ValueError, match=r"optimizer.param_groups: sigma: 0.1 is not an option of a group; set it"):
+        WeSaRAdamW([{"params": [matrix()], "lr": 0.1, "sigma": 0.1}])
+
+
 def test_parameters_that_cannot_have_a_gate_are_refused():
+    half = nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16), requires_grad=False)
+    optimizer = WeSaRAdamW([half, matrix()])  # a frozen matrix has no small updates
+    optimizer.step()
+    half.requires_grad_()
     with pytest.raises(ValueError, match=r"of torch.bfloat16 parameters.*amp_bf16"):
-        WeSaRAdamW([nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))])
+        optimizer.step()
+    with pytest.raises(ValueError, match=r"of torch.bfloat16 parameters.*amp_bf16"):
+        WeSaRAdamW([half])
     zeros = [nn.Parameter(torch.zeros(2, 2)) for _ in range(2)]
     with pytest.raises(ValueError, match=r"2 initial gates .* \(a.weight: 0; b.weight: 0\); initialise the matrix"):
         WeSaRAdamW([("a.weight", zeros[0]), ("c.weight", matrix()), ("b.weight", zeros[1])]).gates()
