@@ -50,10 +50,14 @@ class ScaledEmbedding(SharedEmbedding):
         """Return the matrix of the forward pass, (num_embeddings, embedding_dim)."""
         return self.weight
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return the rows of the virtual weight for ids (...), (..., embedding_dim)."""
+        return F.embedding(ids, self.virtual_weight(), self.padding_idx)
+
     def forward(self, input: Tensor, unembed: bool = False) -> Tensor:
         if unembed:
             return F.linear(input, self.virtual_weight())
-        output = F.embedding(input, self.virtual_weight(), self.padding_idx)
+        output = self.rows(input)
         return output if self.scale == 1.0 else output * self.scale
 
     def extra_repr(self) -> str:
@@ -191,13 +195,10 @@ class GatedEmbedding(Gated, ScaledEmbedding):
         super().__init__(*args, **kwargs)
         self._add_gate(gate_shape, trainable)
 
-    def forward(self, input: Tensor, unembed: bool = False) -> Tensor:
-        if unembed:
-            return functional.gated_linear(input, self.weight, self._broadcast_gate())
-        # Multiply only the rows that were looked up, not the whole matrix.
-        gate = F.embedding(input, self._broadcast_gate()) if self.gate_shape == "row" else self.gate
-        output = F.embedding(input, self.weight, self.padding_idx) * gate
-        return output if self.scale == 1.0 else output * self.scale
+    def rows(self, ids: Tensor) -> Tensor:
+        """As in the base class. Only these rows are multiplied, not the whole matrix."""
+        gate = F.embedding(ids, self._broadcast_gate()) if self.gate_shape == "row" else self.gate
+        return F.embedding(ids, self.weight, self.padding_idx) * gate
 
 
 def _check_norms(norms: Tensor) -> None:
