@@ -1,5 +1,6 @@
 """Draw what the pictures of several claims have in common."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,9 +26,17 @@ def band(axis: Axes, x: np.ndarray, values: np.ndarray, colour: str, label: str,
     axis.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0)
 
 
-def dots(axis: Axes, groups: Mapping[str, np.ndarray], colours: Sequence[str]) -> None:
-    """Draw a row for each group, the first on top: a dot for each seed, and a bar at the mean. A row may be empty."""
+def dots(axis: Axes, groups: Mapping[str, np.ndarray], colours: Sequence[str], reach: float = math.inf) -> None:
+    """Draw a row for each group, the first on top: a dot for each seed, and a bar at the mean. A row may be empty.
+
+    If a mean is more than `reach` above the least one, it is written at the right edge, and its row has no dots.
+    """
+    limit = min((values.mean() for values in groups.values() if len(values)), default=0.0) + reach
     for position, ((name, values), colour) in enumerate(zip(groups.items(), colours, strict=False)):
+        if len(values) and values.mean() > limit:
+            place = {"ha": "right", "va": "center", "transform": axis.get_yaxis_transform()}
+            axis.text(1, position, f"{values.mean():.2f} →", color=colour, **place)
+            values = values[:0]
         axis.plot(values, np.full(len(values), position), "o", color=colour, alpha=0.5, markersize=4, label=name)
         if len(values):
             axis.plot([values.mean()], [position], "|", color=colour, markersize=16, markeredgewidth=2)

@@ -242,15 +242,16 @@ def test_a_method_without_its_best_rate_keeps_its_row_in_the_picture(tmp_path: P
     for rate in ("", *methods.SEARCH):
         variation = f"{LONG} optimizer.lr={rate}" if rate else LONG
         add(tmp_path, "wesar", LONG_SEARCH_SEED, 4.0, logged, variation)
-    for method, loss in (("wesar", 4.0), ("he_init", 3.0)):
+    for method, loss in (("wesar", 4.0), ("he_init", 3.0), ("sigma_reparam", 4.6)):
         for seed in LONG_SEEDS:
             add(tmp_path, method, seed, loss + 0.001 * seed, logged, LONG)
     picture = methods.report(Evidence(tmp_path, "2m-1500")).picture
     assert picture is not None
     left, right = picture.axes
-    assert [label.get_text() for label in left.get_yticklabels()] == ["he_init", "wesar"]
+    assert [label.get_text() for label in left.get_yticklabels()] == ["he_init", "wesar", "sigma_reparam"]
+    assert [text.get_text() for text in left.texts] == ["4.62 →"]  # too far from the others for dots
     drawn = [list(np.asarray(line.get_ydata())) for line in right.lines]
-    assert drawn == [[], [1, 1, 1], [1]]  # a dot for each seed of `wesar`, and the bar
+    assert drawn == [[], [1, 1, 1], [1], []]  # a dot for each seed of `wesar`, and the bar
 
 
 @pytest.mark.parametrize("spiked", [False, True])
