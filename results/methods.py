@@ -37,9 +37,7 @@ NEXT, HIGHER, LOWER = "2.0e-3", "4.0e-3", "5.0e-4"
 # In long runs each method's own best rate is the best of 1e-3 and these at a seed that is not judged.
 SEARCH = ("2.0e-3", "4.0e-3")
 # What `best_rate` finds there, if it is not 1e-3.
-LONG_BEST = dict.fromkeys(
-    ("small_init", "he_init", "weight_norm", "residual_scaling_small", "residual_scaling_he"), "4.0e-3"
-)
+LONG_BEST = dict.fromkeys(OTHERS[:-2], "4.0e-3")
 # The paper does not have it. It is `wesar` with the gates in the optimizer.
 EXTRA = "wesar_adamw"
 SERIES = (
