@@ -81,6 +81,8 @@ def shard_of(parameter: Tensor) -> Shard:
 def named_shards(model: nn.Module) -> dict[str, Shard]:
     """Return all parameters and all untrained gates of a model, by their names on one process.
 
+    Parameters that FSDP2 still holds whole are sharded again. So do not call it between forward and backward pass.
+
     Raises:
         ValueError: If FSDP1 has merged parameters into flat ones, which have neither names nor shapes.
     """

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import closing
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +79,14 @@ class _Job:
             for connection in self._connections:
                 # Connection.send would pass tensors as handles of shared memory.
                 connection.send_bytes(pickle.dumps((function, args)))
-            results = []
-            for connection in self._connections:
-                if not connection.poll(timeout):
+            results = {}
+            while len(results) < len(self._connections):
+                # Wait for all at once: if one fails, another may wait for it forever.
+                ready = wait([each for each in self._connections if each not in results], timeout)
+                if not ready:
                     raise TimeoutError(f"no result after {timeout} s")
-                results.append(pickle.loads(connection.recv_bytes()))
-            return results
+                results |= {each: pickle.loads(each.recv_bytes()) for each in ready}  # type: ignore[union-attr]
+            return [results[each] for each in self._connections]
         except (EOFError, OSError) as error:
             for process in self._processes:
                 process.kill()
