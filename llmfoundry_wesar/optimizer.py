@@ -94,17 +94,18 @@ class WeSaRAdamW(torch.optim.AdamW):
         self.loaded = False
         # With `capturable`, `load_state_dict` puts the step counts on the device, where `step` reads them.
         super().__init__(params, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, capturable=True)
+        for group in params if isinstance(params, list) and isinstance(params[0], dict) else ():
+            for key in group.keys() - {*self.defaults, "params", "param_names", "initial_lr"}:
+                raise ValueError(
+                    f"optimizer.param_groups: {key}: {group[key]!r} is not an option of a group; set it for the whole "
+                    "optimizer, or remove it."
+                )
         names = [name for group in self.param_groups for name in group.get("param_names", ())]
         if names:
             self._names = dict(zip(self._parameters(), names, strict=True))
             self._check_gated()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        for key in param_group.keys() - {*self.defaults, "params", "param_names", "initial_lr"}:
-            raise ValueError(
-                f"optimizer.param_groups: {key}: {param_group[key]!r} is not an option of a group; set it for the "
-                "whole optimizer, or remove it."
-            )
         super().add_param_group(param_group)
         _check_dtypes(self.param_groups[-1]["params"])
 
