@@ -28,9 +28,11 @@ class OptimizerGates(IntervalCallback):
     def __init__(self, interval: str | Time = "100ba"):
         super().__init__(interval)
         self._held: set[str] = set()
+        self._untrained: list[WeSaRAdamW] = []
 
     def before_load(self, state: State, logger: Logger) -> None:
         """Check the config, and give the optimizer the names of the parameters, by which its state is loaded."""
+        self._untrained = [optimizer for optimizer in _optimizers(state) if not optimizer.state]
         for optimizer in _optimizers(state):
             clipping = any(isinstance(algorithm, GradientClipping) for algorithm in state.algorithms)
             if clipping and optimizer.max_norm is not None:
@@ -52,7 +54,7 @@ class OptimizerGates(IntervalCallback):
                     "it is of another optimizer, or load_ignore_keys leaves the state out. Set load_weights_only: true "
                     "to initialise the gates from the weights."
                 )
-            if not optimizer.loaded:
+            if not optimizer.loaded and optimizer in self._untrained:
                 # To learn the state's keys, the load of a sharded checkpoint made a step with the initial weights.
                 optimizer.state.clear()
             optimizer.gates()
