@@ -1,9 +1,11 @@
 """`wesar_mpt_causal_lm`: foundry's MPT with the options of the compared methods."""
 
 import functools
+import logging
 import math
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Mapping, MutableMapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -39,6 +41,8 @@ from llmfoundry_wesar.layers import (
 from llmfoundry_wesar.losses import LossHead, LossLinear, LossTerms, cross_entropy
 from llmfoundry_wesar.roles import ROLES
 from llmfoundry_wesar.sharded import plain_name, reparameterized_layers
+
+log = logging.getLogger(__name__)
 
 # The functions that initialise each matrix by its role: for reparameterised and for plain layers.
 _ROLE_INITS = ("wesar_", "he_init_")
@@ -326,24 +330,29 @@ class WeSaRMPTModel(MPTModel):
 
 
 def _check_gates(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
-    """Refuse the weights of another method. Composer resumes without comparing the names of tensors.
+    """Refuse weights that were saved of layers with other gates. Composer resumes without comparing their names.
 
     Raises:
-        ValueError: If the gates or singular vectors in the state are not those of the model's layers.
+        ValueError: If a layer's weight is loaded without its gate or singular vectors, or the model has no such layer.
     """
     leaves = ("gate", "left", "right")  # of `Gated`, `WeightNormalized` and `SpectrallyNormalized`
-    layers = reparameterized_layers(model).items()
-    own = [f"{name}.{leaf}" for name, layer in layers for leaf in leaves if hasattr(layer, leaf)]
-    saved = [plain_name(name).removeprefix(plain_name(prefix)) for name in state_dict]
-    saved = [name for name in saved if name.rpartition(".")[2] in leaves]
-    if set(saved) != set(own):
-        counts = [Counter(name.rpartition(".")[2] for name in names) for names in (saved, own)]
-        has, wants = (", ".join(f"{n} {leaf}" for leaf, n in count.items()) or "no gate" for count in counts)
-        raise ValueError(
-            f"load_path: the checkpoint has {has}, and the model {wants}. It was saved with another variables.method "
-            "or model.fc_type; set that one. Or convert it: `llmfoundry-wesar export --format mpt` makes a plain model "
-            "of it, and `llmfoundry-wesar reparameterize` makes a gated one of a plain one."
+    own = {plain_name(name): tensor for name, tensor in chain(model.named_parameters(), model.named_buffers())}
+    # For what a whole checkpoint lacks, torch's loading under FSDP2 fills in the model's own tensors.
+    kept = set(map(id, own.values()))
+    saved = {plain_name(name).removeprefix(plain_name(prefix)) for name, t in state_dict.items() if id(t) not in kept}
+    pairs = [(name, f"{name}.{leaf}") for name in reparameterized_layers(model) for leaf in leaves]
+    lacking = [tensor for name, tensor in pairs if tensor in own and f"{name}.weight" in saved and tensor not in saved]
+    surplus = sorted(name for name in saved - own.keys() if name.rpartition(".")[2] in leaves)
+    if names := lacking or surplus:
+        message = (
+            f"load_path: the {'checkpoint' if lacking else 'model'} lacks {len(names)} tensors, such as {names[0]}. "
+            "The checkpoint was saved with another variables.method or model.fc_type; set that one. Or convert it: "
+            "`llmfoundry-wesar export --format mpt` makes a plain model of it, and `llmfoundry-wesar reparameterize` "
+            "makes a gated one of a plain one."
         )
+        # Show it at once: if Composer loads on rank 0 only, the others wait for rank 0 until the time-out.
+        log.error(message)
+        raise ValueError(message)
 
 
 class WeSaRMPTForCausalLM(MPTForCausalLM):

@@ -131,13 +131,26 @@ def stop_resume_and_reload(data: Path, folder: Path, method: str) -> tuple[dict,
         ignored = [f"load_path={checkpoint}", "load_ignore_keys=[state/optimizers]"]
         with pytest.raises(ValueError, match=r"no state of wesar_adamw: .*load_ignore_keys leaves the state out"):
             train(data, folder, *options("sharded"), *ignored)
+        # The load makes a step with the initial weights. The gates have to start from the loaded ones nevertheless.
+        ignored = [f"load_path={checkpoint}", "load_ignore_keys=[state/optimizers,state/timestamp]", "max_duration=1ba"]
+        weights_only = [f"load_path={checkpoint}", "load_weights_only=true", "max_duration=1ba"]
+        started, expected = (train(data, folder, *options("sharded"), *load) for load in (ignored, weights_only))
+        gates = [key for key in expected if key.startswith("gate/")]
+        assert len(gates) == 14 or dist.get_global_rank() > 0, "rank 0 logs"
+        assert [started[key][0] for key in gates] == [expected[key][0] for key in gates]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "gate_monitor: the model has no gates")
         return whole, rest, train(data, folder, *options("full"), *load)
 
 
 def stop_resume_and_reload_each(data: Path, folder: Path) -> dict[str, tuple[dict, dict[str, dict], dict]]:
-    return {method: stop_resume_and_reload(data, folder / method, method) for method in RESUMED}
+    runs = {method: stop_resume_and_reload(data, folder / method, method) for method in RESUMED}
+    [plain] = Path(folder, "wesar_adamw/full").glob("ep0-ba2-*")
+    # With `init_device: cpu` all ranks load. With `mixed` rank 0 would be refused alone, and wait for the others.
+    load = ["fsdp_config={state_dict_type: full}", "model.init_device=cpu", f"load_path={plain}"]
+    with pytest.raises(ValueError, match="load_path: the checkpoint lacks 14 tensors"):
+        train(data, folder, *load, "variables.method=wesar", "load_weights_only=true")
+    return runs
 
 
 def test_two_fsdp2_processes_resume_to_the_bit_and_load_a_gated_file(dataset, tmp_path):
