@@ -78,19 +78,21 @@ def shard_of(parameter: Tensor) -> Shard:
     return Shard(parameter, parameter.shape, dist.get_world_size() // parts, None)
 
 
+def reshard(model: nn.Module) -> None:
+    """Shard parameters that FSDP2 still holds whole after an evaluation. The optimizer knows only the shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def named_shards(model: nn.Module) -> dict[str, Shard]:
     """Return all parameters and all untrained gates of a model, by their names on one process.
-
-    Parameters that FSDP2 still holds whole are sharded again. So do not call it between forward and backward pass.
 
     Raises:
         ValueError: If FSDP1 has merged parameters into flat ones, which have neither names nor shapes.
     """
     model = _unwrap(model)
     ranks = dist.get_world_size()
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # After an evaluation FSDP2 may still hold whole parameters, which no optimizer knows.
     flat: dict[nn.Parameter, Shard] = {}
     for unit in FSDP1.fsdp_modules(model):
         if unit._handle is None:  # it has no parameters

@@ -11,6 +11,7 @@ from composer.loggers import Logger
 from llmfoundry_wesar.callbacks.charts import add_charts, leave_out_of_summary
 from llmfoundry_wesar.callbacks.interval import IntervalCallback
 from llmfoundry_wesar.roles import role_name, role_order
+from llmfoundry_wesar.sharded import reshard
 
 
 class RoleMonitor(IntervalCallback):
@@ -50,6 +51,7 @@ class RoleMonitor(IntervalCallback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Add charts to the run. The first monitor does this for all, because it can be done only once."""
+        reshard(state.model)  # with `eval_first` an evaluation came before
         monitors = [callback for callback in state.callbacks if isinstance(callback, RoleMonitor)]
         if monitors[:1] == [self]:
             names = {each.quantity: set(map(role_name, each.matrices(state))) for each in monitors if each.by_role}
