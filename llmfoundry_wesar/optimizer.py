@@ -11,7 +11,7 @@ from composer.utils import dist
 from torch import Tensor, nn
 
 from llmfoundry_wesar.functional import compiled_foreach_adamw_, foreach_adamw_
-from llmfoundry_wesar.keys import is_number
+from llmfoundry_wesar.keys import did_you_mean, is_number
 from llmfoundry_wesar.sharded import Shard, local, named_shards, shard_of, squares
 
 # The lower bound of a gate, as a fraction of its initial value.
@@ -96,10 +96,8 @@ class WeSaRAdamW(torch.optim.AdamW):
         super().__init__(params, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, capturable=True)
         for group in params if isinstance(params, list) and isinstance(params[0], dict) else ():
             for key in group.keys() - {*self.defaults, "params", "param_names", "initial_lr"}:
-                raise ValueError(
-                    f"optimizer.param_groups: {key}: {group[key]!r} is not an option of a group; set it for the whole "
-                    "optimizer, or remove it."
-                )
+                fix = did_you_mean(str(key), self.defaults, "set it for the whole optimizer, or remove it.")
+                raise ValueError(f"optimizer.param_groups: {key}: {group[key]!r} is not an option of a group; {fix}")
         names = [name for group in self.param_groups for name in group.get("param_names", ())]
         if names:
             self._names = dict(zip(self._parameters(), names, strict=True))
