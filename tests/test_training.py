@@ -123,21 +123,21 @@ def stop_resume_and_reload(data: Path, folder: Path, method: str) -> tuple[dict,
         export(folder / "sharded", folder / "plain")
         reparameterize(folder / "plain", folder / "gated.pt", method)
     dist.barrier()
-    load = [f"load_path={folder / 'gated.pt'}", "load_weights_only=true", "max_duration=1ba"]
-    # After this evaluation FSDP2 holds whole parameters, in which the optimizer's gates have to be found too.
-    load += ["eval_first=true", "fsdp_config.reshard_after_forward=false"]
     if method == "wesar_adamw":
-        [checkpoint] = Path(folder / "sharded").glob("ep0-ba2")
+        [checkpoint] = (folder / "sharded").glob("ep0-ba2")
         ignored = [f"load_path={checkpoint}", "load_ignore_keys=[state/optimizers]"]
         with pytest.raises(ValueError, match=r"no state of wesar_adamw: .*load_ignore_keys leaves the state out"):
             train(data, folder, *options("sharded"), *ignored)
         # The load makes a step with the initial weights. The gates have to start from the loaded ones nevertheless.
         ignored = [f"load_path={checkpoint}", "load_ignore_keys=[state/optimizers,state/timestamp]", "max_duration=1ba"]
         weights_only = [f"load_path={checkpoint}", "load_weights_only=true", "max_duration=1ba"]
-        started, expected = (train(data, folder, *options("sharded"), *load) for load in (ignored, weights_only))
+        started, expected = (train(data, folder, *options("sharded"), *keys) for keys in (ignored, weights_only))
         gates = [key for key in expected if key.startswith("gate/")]
         assert len(gates) == 14 or dist.get_global_rank() > 0, "rank 0 logs"
         assert [started[key][0] for key in gates] == [expected[key][0] for key in gates]
+    load = [f"load_path={folder / 'gated.pt'}", "load_weights_only=true", "max_duration=1ba"]
+    # After this evaluation FSDP2 holds whole parameters, in which the optimizer's gates have to be found too.
+    load += ["eval_first=true", "fsdp_config.reshard_after_forward=false"]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "gate_monitor: the model has no gates")
         return whole, rest, train(data, folder, *options("full"), *load)
